@@ -1,0 +1,298 @@
+// The CPU backend: a step of one bucket as one task on MLX's stream, shared among threads.
+//
+// The task walks the bucket in blocks that fit in the first-level cache. Arrays that are stored as
+// contiguous float32 are read and written where they lie; any other goes through a block of
+// scratch.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "backend/backend.h"
+#include "backend/cpu_dispatch.h"
+#include "backend/strided.h"
+#include "backend/thread_pool.h"
+#include "mlx/backend/cpu/encoder.h"
+
+namespace flatstep {
+
+namespace {
+
+constexpr size_t kBlockElements = 1024;
+constexpr size_t kMaxSlots = 2;
+
+using Scratch = float[kBlockElements];
+
+// Where one kind of value (a parameter, a gradient, a state slot) comes from.
+class Input {
+ public:
+  explicit Input(const mx::array& a)
+      : data_(a.data<char>()),
+        dtype_(a.dtype()),
+        strided_(a.flags().row_contiguous ? nullptr : std::make_shared<StridedReader>(a)) {
+  }
+
+  // Elements [begin, begin + n) as floats: in place, or converted into `scratch`.
+  const float* read(const CpuLoops& loops, size_t begin, size_t n, float* scratch) const {
+    if (!strided_ && dtype_ == mx::float32) {
+      return reinterpret_cast<const float*>(data_) + begin;
+    }
+    alignas(64) Scratch gathered;
+    const char* raw = data_ + begin * mx::size_of(dtype_);
+    if (strided_) {
+      char* to = reinterpret_cast<char*>(dtype_ == mx::float32 ? scratch : gathered);
+      strided_->read(data_, begin, n, to);
+      raw = to;
+    }
+    if (dtype_ == mx::float16) {
+      loops.load_float16(reinterpret_cast<const uint16_t*>(raw), scratch, n);
+    } else if (dtype_ == mx::bfloat16) {
+      loops.load_bfloat16(reinterpret_cast<const uint16_t*>(raw), scratch, n);
+    }
+    return scratch;
+  }
+
+ private:
+  const char* data_;
+  mx::Dtype dtype_;
+  std::shared_ptr<const StridedReader> strided_;
+};
+
+// Where a flat array of values goes.
+class Output {
+ public:
+  explicit Output(mx::array& a) : data_(a.data<char>()), dtype_(a.dtype()) {
+  }
+
+  // Where to write n floats for [begin, begin + n): in place, or into `scratch` for `store`.
+  float* target(size_t begin, float* scratch) const {
+    return dtype_ == mx::float32 ? reinterpret_cast<float*>(data_) + begin : scratch;
+  }
+
+  void store(const CpuLoops& loops, size_t begin, size_t n, const float* scratch) const {
+    auto* to = reinterpret_cast<uint16_t*>(data_) + begin;
+    if (dtype_ == mx::float16) {
+      loops.store_float16(scratch, to, n);
+    } else if (dtype_ == mx::bfloat16) {
+      loops.store_bfloat16(scratch, to, n);
+    }
+  }
+
+  char* at(size_t element) const {
+    return data_ + element * mx::size_of(dtype_);
+  }
+  size_t itemsize() const {
+    return mx::size_of(dtype_);
+  }
+
+ private:
+  char* data_;
+  mx::Dtype dtype_;
+};
+
+struct Slot {
+  Input in;
+  Output out;
+  bool in_place;
+};
+
+// All that a task needs, so that it holds no array: MLX keeps their memory until it has run.
+struct Job {
+  std::shared_ptr<const BucketPlan> plan;
+  Rule rule{};
+  std::shared_ptr<const Schedule> schedule;
+  const CpuLoops* loops{nullptr};
+  const uint64_t* step{nullptr};
+  const float* learning_rate{nullptr};  // null with a schedule
+  std::vector<Input> parameters;
+  std::vector<Input> gradients;
+  std::vector<Slot> slots;
+  std::vector<Output> p_out;  // one or none
+  uint64_t* step_out{nullptr};
+  float* learning_rate_out{nullptr};
+};
+
+struct StepConstants {
+  AdamStep adam;
+  SgdStep sgd;
+};
+
+// Updates elements [begin, end) of one segment.
+void update_segment(
+    const Job& job,
+    const StepConstants& constants,
+    const Segment& segment,
+    size_t begin,
+    size_t end) {
+  alignas(64) Scratch p, g, state[kMaxSlots];
+  const CpuLoops& loops = *job.loops;
+  bool is_adam = job.rule.kind == RuleKind::adam;
+  size_t variant = job.rule.has_weight_decay() + 2 * job.rule.has_momentum() +
+                   4 * (job.rule.values.nesterov != 0);
+  const Output& p_out = job.p_out.front();
+  for (size_t i = begin; i < end; i += kBlockElements) {
+    size_t n = std::min(kBlockElements, end - i);
+    size_t p_at = segment.p_offset + i;
+    size_t state_at = segment.state_offset + i;
+    BlockArrays a{};
+    a.g = job.gradients[segment.position].read(loops, i, n, g);
+    a.p_in = job.parameters[segment.position].read(loops, i, n, p);
+    a.p_out = p_out.target(p_at, p);
+    const float* state_in[kMaxSlots]{};
+    float* state_out[kMaxSlots]{};
+    for (size_t k = 0; k < job.slots.size(); ++k) {
+      state_in[k] = job.slots[k].in.read(loops, state_at, n, state[k]);
+      state_out[k] = job.slots[k].out.target(state_at, state[k]);
+    }
+    if (is_adam) {
+      a.m_in = state_in[0];
+      a.m_out = state_out[0];
+      a.v_in = state_in[1];
+      a.v_out = state_out[1];
+      loops.adam(constants.adam, a, n);
+    } else {
+      a.v_in = state_in[0];
+      a.v_out = state_out[0];
+      loops.sgd[variant](constants.sgd, a, n);
+    }
+    p_out.store(loops, p_at, n, p);
+    for (size_t k = 0; k < job.slots.size(); ++k) {
+      job.slots[k].out.store(loops, state_at, n, state[k]);
+    }
+  }
+}
+
+// State of leaves that this step brings no gradient for, when their flat array moves.
+void carry_untouched(const Job& job, const Slot& slot) {
+  alignas(64) Scratch values;
+  for (const Range& range : job.plan->untouched) {
+    for (size_t i = range.begin; i < range.end; i += kBlockElements) {
+      size_t n = std::min(kBlockElements, range.end - i);
+      const float* from = slot.in.read(*job.loops, i, n, values);
+      float* to = slot.out.target(i, values);
+      if (from != to) {
+        std::memcpy(to, from, n * sizeof(float));
+      }
+      slot.out.store(*job.loops, i, n, values);
+    }
+  }
+}
+
+// The gaps between segments are never read, but memory that users can reach holds no noise.
+void clear_gaps(const Output& out, const std::vector<Range>& used, size_t end) {
+  size_t from = 0;
+  for (const Range& range : used) {
+    std::memset(out.at(from), 0, (range.begin - from) * out.itemsize());
+    from = range.end;
+  }
+  std::memset(out.at(from), 0, (end - from) * out.itemsize());
+}
+
+void run(const Job& job) {
+  uint64_t step = *job.step;
+  float learning_rate = job.schedule ? schedule_value(*job.schedule, step) : *job.learning_rate;
+  if (job.step_out) {
+    *job.step_out = step + 1;
+  }
+  if (job.learning_rate_out) {
+    *job.learning_rate_out = learning_rate;
+  }
+  const auto& segments = job.plan->segments;
+  if (segments.empty()) {
+    return;
+  }
+  for (const Slot& slot : job.slots) {
+    if (!slot.in_place) {
+      carry_untouched(job, slot);
+    }
+  }
+  StepConstants constants{};
+  if (job.rule.kind == RuleKind::adam) {
+    constants.adam = prepare_adam(job.rule.values, learning_rate, step + 1);
+  } else {
+    constants.sgd = prepare_sgd(job.rule.values, learning_rate);
+  }
+
+  size_t total = job.plan->p_blocks;
+  size_t grain = std::clamp<size_t>(total / (8 * num_threads()), 256, 2048);
+  parallel_for(total, grain, [&](size_t begin_block, size_t end_block) {
+    size_t begin = begin_block * kBlock;
+    size_t end = end_block * kBlock;
+    auto segment = std::upper_bound(
+        segments.begin(), segments.end(), begin, [](size_t offset, const Segment& s) {
+          return offset < s.p_offset;
+        });
+    // A leaf of size 0 has the offset of the one that follows it.
+    for (--segment; segment != segments.end() && segment->p_offset < end; ++segment) {
+      size_t first = begin > segment->p_offset ? begin - segment->p_offset : 0;
+      size_t last = std::min(segment->size, end - segment->p_offset);
+      if (first < last) {
+        update_segment(job, constants, *segment, first, last);
+      }
+    }
+  });
+}
+
+// Writes zeros between the segments of each array that moves to fresh memory.
+void clear_fresh_gaps(const Job& job, bool p_in_place, const std::vector<mx::array>& outputs) {
+  std::vector<Range> p_used;
+  std::vector<Range> state_used = job.plan->untouched;
+  for (const Segment& s : job.plan->segments) {
+    p_used.push_back({s.p_offset, s.p_offset + s.size});
+    state_used.push_back({s.state_offset, s.state_offset + s.size});
+  }
+  std::sort(state_used.begin(), state_used.end(), [](const Range& a, const Range& b) {
+    return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
+  });
+  if (!p_in_place) {
+    clear_gaps(job.p_out.front(), p_used, outputs[0].size());
+  }
+  for (size_t k = 0; k < job.slots.size(); ++k) {
+    if (!job.slots[k].in_place) {
+      clear_gaps(job.slots[k].out, state_used, outputs[1 + k].size());
+    }
+  }
+}
+
+}  // namespace
+
+void cpu_fused_update(
+    FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto job = std::make_shared<Job>();
+  job->plan = update.plan_ptr();
+  job->rule = update.rule();
+  job->schedule = update.schedule();
+  job->loops = &cpu_loops();
+  job->step = inputs[0].data<uint64_t>();
+  if (!job->schedule) {
+    job->learning_rate = inputs[1].data<float>();
+  }
+  if (update.advances()) {
+    job->step_out = outputs[update.step_output()].data<uint64_t>();
+    if (job->schedule) {
+      job->learning_rate_out = outputs[update.learning_rate_output()].data<float>();
+    }
+  }
+  size_t n = update.num_segments();
+  if (n > 0) {
+    job->p_out.emplace_back(outputs[0]);
+    job->parameters.reserve(n);
+    job->gradients.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+      job->parameters.emplace_back(inputs[update.first_parameter_input() + i]);
+      job->gradients.emplace_back(inputs[update.first_gradient_input() + i]);
+    }
+    for (size_t k = 0; k < update.num_state_arrays(); ++k) {
+      const mx::array& in = inputs[update.first_state_input() + k];
+      mx::array& out = outputs[update.first_state_output() + k];
+      bool in_place = in.data_shared_ptr() == out.data_shared_ptr();
+      job->slots.push_back({Input(in), Output(out), in_place});
+    }
+    bool p_in_place =
+        inputs[update.first_parameter_input()].data_shared_ptr() == outputs[0].data_shared_ptr();
+    clear_fresh_gaps(*job, p_in_place, outputs);
+  }
+  mx::cpu::get_command_encoder(update.stream()).dispatch([job] { run(*job); });
+}
+
+}  // namespace flatstep

@@ -1,0 +1,3 @@
+#define FLATSTEP_LOOPS avx2_loops
+#define FLATSTEP_LOOPS_NAME "avx2"
+#include "backend/cpu_loops.inc"

@@ -1,0 +1,24 @@
+// The GPU backend of a build that has none: a clear error.
+#include <stdexcept>
+
+#include "backend/backend.h"
+
+namespace flatstep {
+
+namespace {
+constexpr const char* kMessage =
+    "[flatstep] this build has no GPU backend yet: update on the CPU, with "
+    "mx.set_default_device(mx.cpu) or inside `with mx.stream(mx.cpu):`.";
+}
+
+void require_backend(mx::Device device) {
+  if (device == mx::Device::gpu) {
+    throw std::invalid_argument(kMessage);
+  }
+}
+
+void gpu_fused_update(FusedUpdate&, const std::vector<mx::array>&, std::vector<mx::array>&) {
+  throw std::runtime_error(kMessage);
+}
+
+}  // namespace flatstep

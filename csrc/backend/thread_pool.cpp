@@ -1,0 +1,165 @@
+#include "backend/thread_pool.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace flatstep {
+
+namespace {
+
+struct Loop {
+  const std::function<void(size_t, size_t)>& body;
+  size_t count;
+  size_t grain;
+  std::atomic<size_t> next{0};
+
+  void run() {
+    for (;;) {
+      size_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= count) {
+        return;
+      }
+      body(begin, std::min(begin + grain, count));
+    }
+  }
+};
+
+class Pool {
+ public:
+  explicit Pool(size_t num_workers) {
+    sigset_t all, previous;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &previous);
+    for (size_t i = 0; i < num_workers; ++i) {
+      threads_.emplace_back([this] { work(); });
+    }
+    pthread_sigmask(SIG_SETMASK, &previous, nullptr);
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    wake_.notify_all();
+    for (auto& thread : threads_) {
+      thread.join();
+    }
+  }
+
+  size_t num_workers() const {
+    return threads_.size();
+  }
+
+  void share(Loop& loop) {
+    {
+      std::lock_guard lock(mutex_);
+      loop_ = &loop;
+      ++generation_;
+      busy_ = threads_.size();
+    }
+    wake_.notify_all();
+    loop.run();
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+    loop_ = nullptr;
+  }
+
+ private:
+  void work() {
+    uint64_t seen = 0;
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return stopping_ || generation_ != seen; });
+      if (stopping_) {
+        return;
+      }
+      seen = generation_;
+      Loop* loop = loop_;
+      lock.unlock();
+      loop->run();
+      lock.lock();
+      if (--busy_ == 0) {
+        done_.notify_one();
+      }
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable done_;
+  Loop* loop_{nullptr};
+  uint64_t generation_{0};
+  size_t busy_{0};
+  bool stopping_{false};
+  std::vector<std::thread> threads_;
+};
+
+size_t default_num_threads() {
+  // Python has checked the variable at import; anything else means the default.
+  if (const char* text = std::getenv("FLATSTEP_NUM_THREADS")) {
+    long n = std::strtol(text, nullptr, 10);
+    if (n > 0) {
+      return static_cast<size_t>(n);
+    }
+  }
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+struct SharedPool {
+  std::mutex mutex;  // one loop at a time: two streams may ask at once
+  Pool* pool{nullptr};
+  size_t num_threads{default_num_threads()};
+};
+
+SharedPool*& shared_pool() {
+  // Never freed, see the header. In a forked child the threads are gone and a mutex may be held
+  // by one of them for ever, so the child starts from a new object and leaves the old one alone.
+  static SharedPool* instance = [] {
+    pthread_atfork(nullptr, nullptr, [] {
+      size_t n = shared_pool()->num_threads;
+      shared_pool() = new SharedPool;
+      shared_pool()->num_threads = n;
+    });
+    return new SharedPool;
+  }();
+  return instance;
+}
+
+}  // namespace
+
+size_t num_threads() {
+  return shared_pool()->num_threads;
+}
+
+void set_num_threads(size_t n) {
+  SharedPool& shared = *shared_pool();
+  std::lock_guard lock(shared.mutex);
+  shared.num_threads = n;
+  delete shared.pool;
+  shared.pool = nullptr;
+}
+
+void parallel_for(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) {
+  Loop loop{body, count, grain};
+  SharedPool& shared = *shared_pool();
+  if (count <= grain || shared.num_threads == 1) {
+    loop.run();
+    return;
+  }
+  std::lock_guard lock(shared.mutex);
+  if (shared.pool == nullptr) {
+    shared.pool = new Pool(shared.num_threads - 1);
+  }
+  shared.pool->share(loop);
+}
+
+}  // namespace flatstep

@@ -1,0 +1,332 @@
+// What Python sees, and nothing else.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "backend/cpu_dispatch.h"
+#include "backend/floor.h"
+#include "backend/thread_pool.h"
+#include "step.h"
+#include "tree.h"
+#include "view.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace flatstep;
+
+namespace {
+
+using Pieces = std::vector<SchedulePiece>;
+
+// A schedule that Python holds: its pieces, for joining, and what the kernels read.
+struct PlainSchedule {
+  explicit PlainSchedule(Pieces p) : pieces(std::move(p)) {
+    if (pieces.size() > FLATSTEP_MAX_SCHEDULE_PIECES) {
+      return;
+    }
+    auto filled = std::make_shared<Schedule>(Schedule{});
+    filled->num_pieces = static_cast<int32_t>(pieces.size());
+    std::copy(pieces.begin(), pieces.end(), filled->pieces);
+    data = std::move(filled);
+  }
+
+  Pieces pieces;
+  std::shared_ptr<const Schedule> data;  // null when there are too many pieces
+};
+
+mx::Shape to_shape(const std::vector<int>& dimensions) {
+  return mx::Shape(dimensions.begin(), dimensions.end());
+}
+
+std::shared_ptr<const Schedule> data_of(const PlainSchedule* schedule) {
+  return schedule ? schedule->data : nullptr;
+}
+
+// nanobind has no caster for MLX's vectors of arrays of other modules to move from: a list of
+// lists of arrays is read and written by hand.
+std::vector<std::vector<mx::array>> state_from(const nb::list& slots) {
+  std::vector<std::vector<mx::array>> state;
+  for (nb::handle slot : slots) {
+    std::vector<mx::array>& buckets = state.emplace_back();
+    for (nb::handle flat : nb::cast<nb::list>(slot)) {
+      buckets.push_back(nb::cast<mx::array>(flat));
+    }
+  }
+  return state;
+}
+
+nb::list state_to_python(std::vector<std::vector<mx::array>> state) {
+  nb::list slots;
+  for (auto& slot : state) {
+    nb::list buckets;
+    for (auto& flat : slot) {
+      buckets.append(nb::cast(std::move(flat)));
+    }
+    slots.append(buckets);
+  }
+  return slots;
+}
+
+nb::object step(
+    const Layout& layout,
+    nb::handle skeleton,
+    nb::handle gradients,
+    nb::handle parameters,
+    const Rule& rule,
+    const PlainSchedule* schedule,
+    const nb::list& state,
+    const mx::array& step_count,
+    std::optional<mx::array> learning_rate,
+    mx::StreamOrDevice s) {
+  GivenLeaves given = collect_leaves(layout, skeleton, gradients, parameters);
+  if (given.dtype_changed) {
+    return nb::none();
+  }
+  StepResult result = update_leaves(
+      layout,
+      rule,
+      data_of(schedule),
+      given.leaves,
+      std::move(given.parameters),
+      std::move(given.gradients),
+      state_from(state),
+      step_count,
+      std::move(learning_rate),
+      s);
+  return nb::make_tuple(
+      rebuild_tree(gradients, std::move(result.parameters)),
+      state_to_python(std::move(result.state)),
+      nb::cast(std::move(result.step)),
+      nb::cast(std::move(result.learning_rate)));
+}
+
+nb::object single_step(
+    const mx::array& parameter,
+    const mx::array& gradient,
+    std::vector<mx::array> state,
+    const Rule& rule,
+    const PlainSchedule* schedule,
+    const mx::array& step_count,
+    std::optional<mx::array> learning_rate,
+    mx::StreamOrDevice s) {
+  StepResult result = update_single(
+      rule,
+      data_of(schedule),
+      parameter,
+      gradient,
+      std::move(state),
+      step_count,
+      std::move(learning_rate),
+      s);
+  nb::list new_state;
+  for (auto& slot : result.state) {
+    new_state.append(nb::cast(std::move(slot.front())));
+  }
+  return nb::make_tuple(
+      nb::cast(std::move(result.parameters.front())),
+      new_state,
+      nb::cast(std::move(result.step)),
+      nb::cast(std::move(result.learning_rate)));
+}
+
+void bind_rules(nb::module_& m) {
+  nb::class_<Rule>(m, "Rule", "An update rule with its hyperparameters.")
+      .def_prop_ro("num_slots", &Rule::num_slots, "How many state arrays a step updates.");
+  m.def("sgd_rule", &make_sgd, "momentum"_a, "weight_decay"_a, "dampening"_a, "nesterov"_a);
+  m.def(
+      "adam_rule", &make_adam, "betas"_a, "eps"_a, "weight_decay"_a, "bias_correction"_a, "name"_a);
+}
+
+void bind_schedules(nb::module_& m) {
+  nb::class_<PlainSchedule>(m, "PlainSchedule", "A schedule as data that a kernel evaluates.")
+      .def_prop_ro(
+          "fits_kernel",
+          [](const PlainSchedule& s) { return s.data != nullptr; },
+          "False when a join has more pieces than a kernel takes.")
+      .def(
+          "__call__",
+          [](const PlainSchedule& s, uint64_t step_count) {
+            if (!s.data) {
+              throw std::invalid_argument("[PlainSchedule] too many pieces for a kernel.");
+            }
+            return schedule_value(*s.data, step_count);
+          },
+          "step"_a,
+          "The float32 learning rate at a step, as the kernels compute it.");
+  m.def(
+      "constant_schedule",
+      [](double value) { return PlainSchedule({constant_piece(value)}); },
+      "value"_a);
+  m.def(
+      "linear_schedule",
+      [](double init, double end, int64_t steps) {
+        return PlainSchedule({linear_piece(init, end, steps)});
+      },
+      "init"_a,
+      "end"_a,
+      "steps"_a);
+  m.def(
+      "cosine_decay",
+      [](double init, double end, int64_t steps) {
+        return PlainSchedule({cosine_piece(init, end, steps)});
+      },
+      "init"_a,
+      "end"_a,
+      "steps"_a);
+  m.def(
+      "exponential_decay",
+      [](double init, double decay_rate, int64_t step_size) {
+        return PlainSchedule({exponential_piece(init, decay_rate, step_size)});
+      },
+      "init"_a,
+      "decay_rate"_a,
+      "step_size"_a);
+  m.def(
+      "join_schedules",
+      [](const std::vector<const PlainSchedule*>& schedules,
+         const std::vector<int64_t>& boundaries) {
+        std::vector<Pieces> parts;
+        for (const auto* schedule : schedules) {
+          parts.push_back(schedule->pieces);
+        }
+        return PlainSchedule(join_pieces(parts, boundaries));
+      },
+      "schedules"_a,
+      "boundaries"_a);
+}
+
+void bind_layout(nb::module_& m) {
+  nb::class_<Layout>(m, "Layout", "Where each leaf of a tree lies in flat memory.")
+      .def(
+          "__init__",
+          [](Layout* self,
+             const std::vector<std::string>& paths,
+             const std::vector<std::vector<int>>& shapes,
+             const std::vector<mx::Dtype>& dtypes,
+             size_t bucket_bytes) {
+            std::vector<mx::Shape> mlx_shapes;
+            for (const auto& shape : shapes) {
+              mlx_shapes.push_back(to_shape(shape));
+            }
+            new (self) Layout(paths, mlx_shapes, dtypes, bucket_bytes);
+          },
+          "paths"_a,
+          "shapes"_a,
+          "dtypes"_a,
+          "bucket_bytes"_a)
+      .def_prop_ro(
+          "segments",
+          [](const Layout& layout) {
+            std::vector<std::pair<size_t, size_t>> segments;
+            for (const Leaf& leaf : layout.leaves()) {
+              segments.emplace_back(leaf.bucket, leaf.offset);
+            }
+            return segments;
+          },
+          "The bucket and the first element of each leaf.")
+      .def_prop_ro(
+          "bucket_blocks",
+          [](const Layout& layout) {
+            std::vector<size_t> blocks;
+            for (const Bucket& bucket : layout.buckets()) {
+              blocks.push_back(bucket.blocks);
+            }
+            return blocks;
+          },
+          "The length of each bucket in blocks of 64 elements.");
+  m.def(
+      "are_flat",
+      [](const Layout& layout, nb::handle skeleton, nb::handle parameters) {
+        GivenLeaves given = collect_leaves(layout, skeleton, parameters, parameters);
+        return !given.dtype_changed && are_flat(layout, given.leaves, given.parameters);
+      },
+      "layout"_a,
+      "skeleton"_a,
+      "parameters"_a);
+}
+
+void bind_cpu(nb::module_& m) {
+  m.def(
+      "reuse_counters",
+      [] {
+        ReuseCounters c = reuse_counters();
+        nb::dict result;
+        result["parameters_in_place"] = c.parameters_in_place;
+        result["parameters_fresh"] = c.parameters_fresh;
+        result["state_in_place"] = c.state_in_place;
+        result["state_fresh"] = c.state_fresh;
+        return result;
+      },
+      "How often a bucket's buffer was written in place, and how often to fresh memory.");
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, "n"_a);
+  m.def("cpu_loops", [] { return std::string(cpu_loops().name); });
+  m.def("available_cpu_loops", &available_cpu_loops);
+  m.def("set_cpu_loops", &set_cpu_loops, "name"_a);
+  m.def(
+      "floor_pass",
+      [](mx::array& p, const mx::array& g, std::vector<mx::array> state) {
+        nb::gil_scoped_release release;
+        floor_pass(p, g, state);
+      },
+      "p"_a,
+      "g"_a,
+      "state"_a,
+      "Moves the bytes of a step, with next to no arithmetic: the time that memory allows.");
+}
+
+}  // namespace
+
+NB_MODULE(_ext, m) {
+  m.doc() = "The compiled engine of flatstep.";
+  nb::module_::import_("mlx.core");
+  bind_rules(m);
+  bind_schedules(m);
+  bind_layout(m);
+  bind_cpu(m);
+  m.def(
+      "step",
+      &step,
+      "layout"_a,
+      "skeleton"_a,
+      "gradients"_a,
+      "parameters"_a,
+      "rule"_a,
+      "schedule"_a.none(),
+      "state"_a,
+      "step"_a,
+      "learning_rate"_a.none(),
+      "stream"_a = nb::none(),
+      "One step over a tree: (parameters, state, step, learning_rate), or None when a parameter's "
+      "dtype is not the layout's.");
+  m.def(
+      "single_step",
+      &single_step,
+      "parameter"_a,
+      "gradient"_a,
+      "state"_a,
+      "rule"_a,
+      "schedule"_a.none(),
+      "step"_a,
+      "learning_rate"_a.none(),
+      "stream"_a = nb::none(),
+      "One step of one array: (parameter, state, step, learning_rate).");
+  m.def(
+      "views",
+      [](const mx::array& flat,
+         const std::vector<std::pair<std::vector<int>, size_t>>& specs,
+         mx::StreamOrDevice s) {
+        std::vector<ViewSpec> view_specs;
+        for (const auto& [shape, offset] : specs) {
+          view_specs.push_back({to_shape(shape), offset});
+        }
+        return views(flat, std::move(view_specs), s);
+      },
+      "flat"_a,
+      "specs"_a,
+      "stream"_a = nb::none(),
+      "Parts of a flat array, given as (shape, first element), sharing its memory.");
+}

@@ -1,0 +1,280 @@
+#include "fused_update.h"
+
+#include <atomic>
+#include <sstream>
+#include <stdexcept>
+
+#include "array_uses.h"
+#include "backend/backend.h"
+#include "mlx/allocator.h"
+#include "mlx/stream.h"
+#include "mlx/utils.h"
+
+namespace flatstep {
+
+namespace {
+
+struct AtomicCounters {
+  std::atomic<uint64_t> parameters_in_place{0};
+  std::atomic<uint64_t> parameters_fresh{0};
+  std::atomic<uint64_t> state_in_place{0};
+  std::atomic<uint64_t> state_fresh{0};
+};
+
+AtomicCounters& counters() {
+  static AtomicCounters instance;
+  return instance;
+}
+
+// True when nothing but this primitive's input lists, one for each of its outputs, holds the array,
+// and nothing but the array its memory.
+bool is_ours_alone(const mx::array& a, long num_outputs) {
+  return descriptor_uses(a) == num_outputs && memory_uses(a) == 1 &&
+         a.data_shared_ptr()->is_owned() && a.flags().row_contiguous && a.data_size() == a.size();
+}
+
+// Of parameters in one buffer: true when nobody else holds one of them, or the buffer.
+bool are_ours_alone(const BucketPlan& plan, const mx::array* parameters, long num_outputs) {
+  for (size_t i = 0; i < plan.segments.size(); ++i) {
+    if (descriptor_uses(parameters[i]) != num_outputs) {
+      return false;
+    }
+  }
+  return memory_uses(parameters[0]) == static_cast<long>(plan.segments.size());
+}
+
+void share_whole(const mx::array& source, mx::array& out) {
+  mx::Strides strides = out.strides();
+  out.copy_shared_buffer(source, strides, {true, true, out.size() <= 1}, out.size());
+}
+
+bool is_floating(mx::Dtype dtype) {
+  return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+}
+
+void require(bool ok, const std::string& message) {
+  if (!ok) {
+    throw std::invalid_argument("[fused_update] " + message);
+  }
+}
+
+void check(const BucketPlan& plan, const Rule& rule, bool has_schedule, const UpdateInputs& in) {
+  size_t n = plan.segments.size();
+  require(in.step.size() == 1 && in.step.dtype() == mx::uint64, "step should be a uint64 scalar.");
+  require(
+      has_schedule || (in.learning_rate && in.learning_rate->size() == 1 &&
+                       in.learning_rate->dtype() == mx::float32),
+      "learning_rate should be a float32 scalar.");
+  require(
+      in.parameters.size() == n && in.gradients.size() == n,
+      "there should be a parameter and a gradient for each segment.");
+  require(
+      n == 0 || in.state.size() == static_cast<size_t>(rule.num_slots()),
+      "there should be a state array for each slot of the rule.");
+  for (size_t i = 0; i < n; ++i) {
+    require(
+        in.parameters[i].size() == plan.segments[i].size &&
+            in.gradients[i].size() == plan.segments[i].size,
+        "a parameter or gradient does not have the size of its segment.");
+    require(
+        in.parameters[i].dtype() == plan.dtype, "a parameter has another dtype than its bucket.");
+    require(
+        is_floating(in.gradients[i].dtype()), "a gradient should be float32, float16 or bfloat16.");
+  }
+  for (const auto& state : in.state) {
+    require(is_floating(state.dtype()), "state should be float32, float16 or bfloat16.");
+    require(
+        state.size() >= plan.segments.back().state_offset + plan.segments.back().size,
+        "a state array is too small.");
+  }
+}
+
+std::string no_transform(const char* transform, const char* instead) {
+  return std::string("[flatstep] ") + transform +
+         " through an optimizer update is not supported: " + instead;
+}
+
+}  // namespace
+
+bool lie_in_one_buffer(const BucketPlan& plan, const mx::array* parameters) {
+  const mx::array& first = parameters[0];
+  const auto& memory = first.data_shared_ptr();
+  size_t itemsize = first.itemsize();
+  for (size_t i = 0; i < plan.segments.size(); ++i) {
+    const mx::array& p = parameters[i];
+    auto expected = first.offset() + static_cast<int64_t>(plan.segments[i].p_offset * itemsize);
+    if (p.data_shared_ptr() != memory || p.offset() != expected || !p.flags().row_contiguous ||
+        p.data_size() != p.size()) {
+      return false;
+    }
+  }
+  size_t needed = static_cast<size_t>(first.offset()) + plan.p_blocks * kBlock * itemsize;
+  return memory->is_owned() && first.buffer_size() >= needed;
+}
+
+ReuseCounters reuse_counters() {
+  auto& c = counters();
+  return {c.parameters_in_place, c.parameters_fresh, c.state_in_place, c.state_fresh};
+}
+
+UpdateOutputs fused_update(
+    std::shared_ptr<const BucketPlan> plan,
+    const Rule& rule,
+    std::shared_ptr<const Schedule> schedule,
+    UpdateInputs in,
+    bool advances,
+    mx::StreamOrDevice s) {
+  check(*plan, rule, schedule != nullptr, in);
+  auto stream = mx::to_stream(s);
+  require_backend(stream.device);
+
+  std::vector<mx::array> inputs{std::move(in.step)};
+  if (!schedule) {
+    inputs.push_back(std::move(*in.learning_rate));
+  }
+  bool has_segments = !plan->segments.empty();
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  if (has_segments) {
+    shapes.push_back(plan->p_shape());
+    dtypes.push_back(plan->dtype);
+    for (auto& state : in.state) {
+      shapes.push_back(state.shape());
+      dtypes.push_back(state.dtype());
+      inputs.push_back(std::move(state));
+    }
+    inputs.insert(
+        inputs.end(),
+        std::make_move_iterator(in.parameters.begin()),
+        std::make_move_iterator(in.parameters.end()));
+    inputs.insert(
+        inputs.end(),
+        std::make_move_iterator(in.gradients.begin()),
+        std::make_move_iterator(in.gradients.end()));
+  }
+  if (advances) {
+    shapes.push_back({});
+    dtypes.push_back(mx::uint64);
+    if (schedule) {
+      shapes.push_back({});
+      dtypes.push_back(mx::float32);
+    }
+  }
+  bool has_schedule = schedule != nullptr;
+  auto node = std::make_shared<FusedUpdate>(stream, std::move(plan), rule, schedule, advances);
+  size_t num_state = node->num_state_arrays();
+  auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
+
+  UpdateOutputs result;
+  size_t next = 0;
+  if (has_segments) {
+    result.parameters = std::move(outputs[next++]);
+    for (size_t k = 0; k < num_state; ++k) {
+      result.state.push_back(std::move(outputs[next++]));
+    }
+  }
+  if (advances) {
+    result.step = std::move(outputs[next++]);
+    if (has_schedule) {
+      result.learning_rate = std::move(outputs[next++]);
+    }
+  }
+  return result;
+}
+
+template <typename Settle>
+void FusedUpdate::place_outputs(
+    const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Settle&& settle) const {
+  auto num_outputs = static_cast<long>(outputs.size());
+  auto fresh = [](mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); };
+
+  if (num_segments() > 0) {
+    const mx::array* parameters = &inputs[first_parameter_input()];
+    bool in_place = lie_in_one_buffer(*plan_, parameters);
+    if (in_place && !are_ours_alone(*plan_, parameters, num_outputs)) {
+      settle();
+      in_place = are_ours_alone(*plan_, parameters, num_outputs);
+    }
+    if (in_place) {
+      share_whole(parameters[0], outputs[0]);
+      ++counters().parameters_in_place;
+    } else {
+      fresh(outputs[0]);
+      ++counters().parameters_fresh;
+    }
+    for (size_t k = 0; k < num_state_arrays(); ++k) {
+      const mx::array& in = inputs[first_state_input() + k];
+      mx::array& out = outputs[first_state_output() + k];
+      if (is_ours_alone(in, num_outputs)) {
+        share_whole(in, out);
+        ++counters().state_in_place;
+      } else {
+        fresh(out);
+        ++counters().state_fresh;
+      }
+    }
+  }
+  if (advances_) {
+    fresh(outputs[step_output()]);
+    if (schedule_) {
+      fresh(outputs[learning_rate_output()]);
+    }
+  }
+}
+
+void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  // Work that is still queued holds the buffers that it reads, the backward pass's reads of the
+  // weights above all. Waiting for it costs nothing: this step needs its gradients anyway.
+  place_outputs(inputs, outputs, [this] { mx::synchronize(stream()); });
+  cpu_fused_update(*this, inputs, outputs);
+}
+
+void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  // Never synchronise here: MLX's evaluator still holds the command buffer that it would end.
+  place_outputs(inputs, outputs, [] {});
+  gpu_fused_update(*this, inputs, outputs);
+}
+
+std::vector<mx::array> FusedUpdate::jvp(
+    const std::vector<mx::array>&, const std::vector<mx::array>&, const std::vector<int>&) {
+  throw std::invalid_argument(no_transform(
+      "mx.jvp", "take the derivative of the loss alone and pass the gradients to the optimizer."));
+}
+
+std::vector<mx::array> FusedUpdate::vjp(
+    const std::vector<mx::array>&,
+    const std::vector<mx::array>&,
+    const std::vector<int>&,
+    const std::vector<mx::array>&) {
+  throw std::invalid_argument(no_transform(
+      "mx.grad",
+      "take the gradient of the loss alone; to differentiate through the update itself use the "
+      "same class of mlx.optimizers."));
+}
+
+std::pair<std::vector<mx::array>, std::vector<int>> FusedUpdate::vmap(
+    const std::vector<mx::array>&, const std::vector<int>&) {
+  throw std::invalid_argument(no_transform(
+      "mx.vmap",
+      "stack the parameters along a new axis and update the stacked arrays in one call, or use the "
+      "same class of mlx.optimizers."));
+}
+
+std::vector<mx::Shape> FusedUpdate::output_shapes(const std::vector<mx::array>& inputs) {
+  std::vector<mx::Shape> shapes;
+  if (num_segments() > 0) {
+    shapes.push_back(plan_->p_shape());
+    for (size_t k = 0; k < num_state_arrays(); ++k) {
+      shapes.push_back(inputs[first_state_input() + k].shape());
+    }
+  }
+  if (advances_) {
+    shapes.push_back({});
+    if (schedule_) {
+      shapes.push_back({});
+    }
+  }
+  return shapes;
+}
+
+}  // namespace flatstep

@@ -1,0 +1,145 @@
+// The primitive that updates one bucket: every parameter in it and their state, in one pass.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "hyperparameters.h"
+#include "layout.h"
+#include "mlx/primitives.h"
+#include "mlx/utils.h"
+
+namespace flatstep {
+
+// Inputs of a step of one bucket. Parameters and gradients are in the order of the plan's segments
+// and may have any layout in memory; `state` holds one flat array for each slot of the rule.
+struct UpdateInputs {
+  mx::array step;                          // uint64 scalar: steps taken so far
+  std::optional<mx::array> learning_rate;  // float32 scalar; none when there is a schedule
+  std::vector<mx::array> state;
+  std::vector<mx::array> parameters;
+  std::vector<mx::array> gradients;
+};
+
+struct UpdateOutputs {
+  std::optional<mx::array> parameters;  // flat; none for a plan without segments
+  std::vector<mx::array> state;
+  std::optional<mx::array> step;
+  std::optional<mx::array> learning_rate;  // only with a schedule
+};
+
+// Adds the step to the graph. With `advances` it gives the next step and, where there is a
+// schedule, the learning rate as well; one bucket of a step does. Throws std::invalid_argument.
+UpdateOutputs fused_update(
+    std::shared_ptr<const BucketPlan> plan,
+    const Rule& rule,
+    std::shared_ptr<const Schedule> schedule,
+    UpdateInputs inputs,
+    bool advances,
+    mx::StreamOrDevice s = {});
+
+// True when the parameters are the segments of one buffer, in their places, and that buffer is
+// large enough to be written as a whole: what a step of the same plan leaves behind.
+bool lie_in_one_buffer(const BucketPlan& plan, const mx::array* parameters);
+
+// How often a buffer was written in place, and how often into fresh memory, since the start.
+struct ReuseCounters {
+  uint64_t parameters_in_place;
+  uint64_t parameters_fresh;
+  uint64_t state_in_place;
+  uint64_t state_fresh;
+};
+ReuseCounters reuse_counters();
+
+class FusedUpdate : public mx::Primitive {
+ public:
+  FusedUpdate(
+      mx::Stream stream,
+      std::shared_ptr<const BucketPlan> plan,
+      const Rule& rule,
+      std::shared_ptr<const Schedule> schedule,
+      bool advances)
+      : mx::Primitive(stream),
+        plan_(std::move(plan)),
+        rule_(rule),
+        schedule_(std::move(schedule)),
+        advances_(advances) {
+  }
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+
+  std::vector<mx::array> jvp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& tangents,
+      const std::vector<int>& argnums) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(
+      const std::vector<mx::array>& inputs, const std::vector<int>& axes) override;
+
+  const char* name() const override {
+    return "FlatstepUpdate";
+  }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+  const std::shared_ptr<const BucketPlan>& plan_ptr() const {
+    return plan_;
+  }
+  const Rule& rule() const {
+    return rule_;
+  }
+  const std::shared_ptr<const Schedule>& schedule() const {
+    return schedule_;
+  }
+  bool advances() const {
+    return advances_;
+  }
+
+  // Where each input and output stands in the flat lists that MLX passes around.
+  size_t num_slots() const {
+    return static_cast<size_t>(rule_.num_slots());
+  }
+  size_t num_segments() const {
+    return plan_->segments.size();
+  }
+  size_t first_state_input() const {
+    return schedule_ ? 1 : 2;
+  }
+  size_t first_parameter_input() const {
+    return first_state_input() + num_state_arrays();
+  }
+  size_t first_gradient_input() const {
+    return first_parameter_input() + num_segments();
+  }
+  size_t num_state_arrays() const {
+    return num_segments() > 0 ? num_slots() : 0;
+  }
+  size_t first_state_output() const {
+    return num_segments() > 0 ? 1 : 0;
+  }
+  size_t step_output() const {
+    return first_state_output() + num_state_arrays();
+  }
+  size_t learning_rate_output() const {
+    return step_output() + 1;
+  }
+
+ private:
+  // Gives each output its memory: that of the input it replaces where nobody else holds that,
+  // fresh memory otherwise. `settle` is called once when only queued work stands in the way.
+  template <typename Settle>
+  void place_outputs(
+      const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Settle&& settle) const;
+
+  std::shared_ptr<const BucketPlan> plan_;
+  Rule rule_;
+  std::shared_ptr<const Schedule> schedule_;
+  bool advances_;
+};
+
+}  // namespace flatstep

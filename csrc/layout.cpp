@@ -1,0 +1,120 @@
+#include "layout.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <stdexcept>
+
+namespace flatstep {
+
+namespace {
+
+constexpr size_t kCachedPlans = 8;
+
+size_t blocks_for(size_t elements) {
+  return (elements + kBlock - 1) / kBlock;
+}
+
+mx::Shape flat_shape_of(size_t blocks) {
+  return {static_cast<mx::ShapeElem>(blocks), static_cast<mx::ShapeElem>(kBlock)};
+}
+
+size_t size_of_shape(const mx::Shape& shape) {
+  size_t size = 1;
+  for (auto dimension : shape) {
+    size *= static_cast<size_t>(dimension);
+  }
+  return size;
+}
+
+}  // namespace
+
+mx::Shape Bucket::flat_shape() const {
+  return flat_shape_of(blocks);
+}
+
+mx::Shape BucketPlan::p_shape() const {
+  return flat_shape_of(p_blocks);
+}
+
+mx::Shape BucketPlan::state_shape() const {
+  return flat_shape_of(state_blocks);
+}
+
+Layout::Layout(
+    const std::vector<std::string>& paths,
+    const std::vector<mx::Shape>& shapes,
+    const std::vector<mx::Dtype>& dtypes,
+    size_t bucket_bytes) {
+  if (paths.size() != shapes.size() || paths.size() != dtypes.size()) {
+    throw std::invalid_argument("[Layout] paths, shapes and dtypes should have the same length.");
+  }
+  // One open bucket for each dtype, so that float32 norms among bfloat16 weights don't split them.
+  std::map<mx::Dtype::Val, size_t> open_bucket;
+  for (size_t i = 0; i < paths.size(); ++i) {
+    Leaf leaf{paths[i], shapes[i], dtypes[i], size_of_shape(shapes[i])};
+    size_t blocks = blocks_for(leaf.size);
+    size_t block_bytes = kBlock * mx::size_of(leaf.dtype);
+    auto open = open_bucket.find(leaf.dtype.val());
+    bool fits = open != open_bucket.end() &&
+                (buckets_[open->second].blocks + blocks) * block_bytes <= bucket_bytes;
+    if (!fits) {
+      buckets_.push_back(Bucket{leaf.dtype});
+      open_bucket[leaf.dtype.val()] = buckets_.size() - 1;
+    }
+    leaf.bucket = open_bucket[leaf.dtype.val()];
+    Bucket& bucket = buckets_[leaf.bucket];
+    leaf.offset = bucket.blocks * kBlock;
+    bucket.blocks += blocks;
+    if (bucket.blocks > static_cast<size_t>(std::numeric_limits<mx::ShapeElem>::max())) {
+      throw std::invalid_argument("[Layout] " + leaf.path + " is too large for one array.");
+    }
+    bucket.leaves.push_back(i);
+    leaves_.push_back(std::move(leaf));
+  }
+}
+
+std::shared_ptr<const BucketPlans> Layout::plan(const std::vector<size_t>& given) const {
+  std::lock_guard lock(mutex_);
+  for (const auto& cached : cache_) {
+    if (cached.given == given) {
+      return cached.plans;
+    }
+  }
+  if (cache_.size() == kCachedPlans) {
+    cache_.erase(cache_.begin());
+  }
+  auto plans = std::make_shared<const BucketPlans>(make_plans(given));
+  cache_.push_back({given, plans});
+  return plans;
+}
+
+BucketPlans Layout::make_plans(const std::vector<size_t>& given) const {
+  constexpr size_t absent = std::numeric_limits<size_t>::max();
+  std::vector<size_t> position(leaves_.size(), absent);
+  for (size_t i = 0; i < given.size(); ++i) {
+    position.at(given[i]) = i;
+  }
+  BucketPlans plans;
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    const Bucket& bucket = buckets_[b];
+    BucketPlan plan{b, bucket.dtype};
+    plan.state_blocks = bucket.blocks;
+    for (size_t index : bucket.leaves) {
+      const Leaf& leaf = leaves_[index];
+      if (position[index] == absent) {
+        plan.untouched.push_back({leaf.offset, leaf.offset + leaf.size});
+        continue;
+      }
+      plan.segments.push_back(
+          {index, position[index], leaf.size, plan.p_blocks * kBlock, leaf.offset});
+      plan.p_blocks += blocks_for(leaf.size);
+    }
+    if (!plan.segments.empty()) {
+      plans.push_back(std::make_shared<const BucketPlan>(std::move(plan)));
+    }
+  }
+  return plans;
+}
+
+}  // namespace flatstep

@@ -1,0 +1,102 @@
+// Where each leaf of a parameter tree lies in flat memory.
+//
+// A bucket is one flat array; a leaf's segment starts on a 64-element boundary in it. A dimension
+// of an MLX array is an int32, so a flat array has the shape (blocks, 64).
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "mlx/array.h"
+
+namespace flatstep {
+
+namespace mx = mlx::core;
+
+inline constexpr size_t kBlock = 64;
+
+struct Leaf {
+  std::string path;
+  mx::Shape shape;
+  mx::Dtype dtype;
+  size_t size{0};
+  size_t bucket{0};
+  size_t offset{0};  // in elements, in the bucket's flat arrays
+};
+
+struct Bucket {
+  mx::Dtype dtype;
+  size_t blocks{0};
+  std::vector<size_t> leaves{};
+
+  mx::Shape flat_shape() const;
+};
+
+// A leaf's part in a step. `p_offset` differs from `state_offset` when gradients came for a subset
+// of the leaves: parameters are then packed among themselves, the state stays where it is.
+struct Segment {
+  size_t leaf;
+  size_t position;  // in the list of leaves that this step was given
+  size_t size;
+  size_t p_offset;
+  size_t state_offset;
+};
+
+struct Range {
+  size_t begin;
+  size_t end;
+};
+
+// What a step does to one bucket.
+struct BucketPlan {
+  size_t bucket;
+  mx::Dtype dtype;
+  std::vector<Segment> segments{};  // by rising offsets
+  std::vector<Range> untouched{};   // state that this step leaves as it is
+  size_t p_blocks{0};
+  size_t state_blocks{0};
+
+  mx::Shape p_shape() const;
+  mx::Shape state_shape() const;
+};
+
+using BucketPlans = std::vector<std::shared_ptr<const BucketPlan>>;
+
+class Layout {
+ public:
+  // A bucket takes leaves of one dtype until it holds `bucket_bytes` of parameters.
+  Layout(
+      const std::vector<std::string>& paths,
+      const std::vector<mx::Shape>& shapes,
+      const std::vector<mx::Dtype>& dtypes,
+      size_t bucket_bytes);
+
+  const std::vector<Leaf>& leaves() const {
+    return leaves_;
+  }
+  const std::vector<Bucket>& buckets() const {
+    return buckets_;
+  }
+
+  // The plans for a step that brings gradients for these leaves, in the order given. The last few
+  // are kept, since a training loop asks for the same one at every step.
+  std::shared_ptr<const BucketPlans> plan(const std::vector<size_t>& given) const;
+
+ private:
+  BucketPlans make_plans(const std::vector<size_t>& given) const;
+
+  struct CachedPlan {
+    std::vector<size_t> given;
+    std::shared_ptr<const BucketPlans> plans;
+  };
+
+  std::vector<Leaf> leaves_;
+  std::vector<Bucket> buckets_;
+  mutable std::mutex mutex_;
+  mutable std::vector<CachedPlan> cache_;
+};
+
+}  // namespace flatstep

@@ -1,0 +1,111 @@
+#include "step.h"
+
+#include "view.h"
+
+namespace flatstep {
+
+StepResult update_leaves(
+    const Layout& layout,
+    const Rule& rule,
+    std::shared_ptr<const Schedule> schedule,
+    const std::vector<size_t>& leaves,
+    std::vector<mx::array> parameters,
+    std::vector<mx::array> gradients,
+    std::vector<std::vector<mx::array>> state,
+    mx::array step,
+    std::optional<mx::array> learning_rate,
+    mx::StreamOrDevice s) {
+  auto plans = layout.plan(leaves);
+  if (plans->empty()) {
+    static const auto no_segments = std::make_shared<const BucketPlans>(
+        BucketPlans{std::make_shared<const BucketPlan>(BucketPlan{0, mx::float32})});
+    plans = no_segments;
+  }
+  std::vector<std::optional<mx::array>> updated(leaves.size());
+  std::optional<mx::array> next_step, next_learning_rate;
+  for (size_t i = 0; i < plans->size(); ++i) {
+    const auto& plan = (*plans)[i];
+    UpdateInputs in{step, learning_rate, {}, {}, {}};
+    in.parameters.reserve(plan->segments.size());
+    in.gradients.reserve(plan->segments.size());
+    std::vector<ViewSpec> specs;
+    specs.reserve(plan->segments.size());
+    for (const Segment& segment : plan->segments) {
+      in.parameters.push_back(std::move(parameters[segment.position]));
+      in.gradients.push_back(std::move(gradients[segment.position]));
+      specs.push_back({layout.leaves()[segment.leaf].shape, segment.p_offset});
+    }
+    if (!plan->segments.empty()) {
+      for (int slot = 0; slot < rule.num_slots(); ++slot) {
+        in.state.push_back(std::move(state[slot][plan->bucket]));
+      }
+    }
+    bool advances = i == 0;
+    auto out = fused_update(plan, rule, schedule, std::move(in), advances, s);
+    for (size_t slot = 0; slot < out.state.size(); ++slot) {
+      state[slot][plan->bucket] = std::move(out.state[slot]);
+    }
+    if (advances) {
+      next_step = std::move(out.step);
+      next_learning_rate = std::move(out.learning_rate);
+    }
+    if (out.parameters) {
+      auto leaf_views = views(*out.parameters, std::move(specs), s);
+      for (size_t k = 0; k < leaf_views.size(); ++k) {
+        updated[plan->segments[k].position] = std::move(leaf_views[k]);
+      }
+    }
+  }
+  std::vector<mx::array> result;
+  result.reserve(updated.size());
+  for (auto& leaf : updated) {
+    result.push_back(std::move(*leaf));
+  }
+  return {
+      std::move(result), std::move(state), std::move(*next_step), std::move(next_learning_rate)};
+}
+
+StepResult update_single(
+    const Rule& rule,
+    std::shared_ptr<const Schedule> schedule,
+    mx::array parameter,
+    mx::array gradient,
+    std::vector<mx::array> state,
+    mx::array step,
+    std::optional<mx::array> learning_rate,
+    mx::StreamOrDevice s) {
+  Layout layout({"parameter"}, {parameter.shape()}, {parameter.dtype()}, /* bucket_bytes */ 0);
+  std::vector<std::vector<mx::array>> by_slot;
+  for (auto& slot : state) {
+    by_slot.push_back({std::move(slot)});
+  }
+  return update_leaves(
+      layout,
+      rule,
+      std::move(schedule),
+      {0},
+      {std::move(parameter)},
+      {std::move(gradient)},
+      std::move(by_slot),
+      std::move(step),
+      std::move(learning_rate),
+      s);
+}
+
+bool are_flat(
+    const Layout& layout,
+    const std::vector<size_t>& leaves,
+    const std::vector<mx::array>& parameters) {
+  for (const auto& plan : *layout.plan(leaves)) {
+    std::vector<mx::array> in_order;
+    for (const Segment& segment : plan->segments) {
+      in_order.push_back(parameters[segment.position]);
+    }
+    if (!lie_in_one_buffer(*plan, in_order.data())) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace flatstep

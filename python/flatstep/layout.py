@@ -1,0 +1,168 @@
+"""Where each leaf of a parameter tree lies in flat memory, as Python sees it."""
+
+import json
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+
+import mlx.core as mx
+
+from . import _ext
+
+# Small enough that gradients are freed while the backward pass goes on, large enough that the cost
+# of a bucket does not count.
+BUCKET_BYTES = 32 << 20
+
+FLOATING = (mx.float32, mx.float16, mx.bfloat16)
+
+
+class Segment(NamedTuple):
+    """Where one parameter lies: elements ``[offset, offset + size)`` of flat array ``bucket``."""
+
+    path: str
+    bucket: int
+    offset: int
+    size: int
+    shape: Tuple[int, ...]
+    dtype: mx.Dtype
+
+
+class LeafSpec(NamedTuple):
+    """A leaf of the tree: the keys that lead to it, and what its parameter looks like."""
+
+    keys: Tuple[Any, ...]
+    shape: Tuple[int, ...]
+    dtype: mx.Dtype
+
+    @property
+    def path(self) -> str:
+        return ".".join(map(str, self.keys))
+
+
+class Layout:
+    """A tree's structure and the place of its leaves in the buckets.
+
+    ``skeleton`` is the tree with each leaf replaced by its number. ``text`` says all of it as JSON;
+    it travels with the flat state, so that a state is complete wherever it goes.
+    """
+
+    def __init__(
+        self,
+        skeleton: Dict[str, Any],
+        leaves: Sequence[LeafSpec],
+        slots: Sequence[str],
+        bucket_bytes: int,
+    ):
+        self.skeleton = skeleton
+        self.leaves = list(leaves)
+        self.slots = tuple(slots)
+        self.engine = _ext.Layout(
+            [leaf.path for leaf in self.leaves],
+            [list(leaf.shape) for leaf in self.leaves],
+            [leaf.dtype for leaf in self.leaves],
+            bucket_bytes,
+        )
+        self.places = self.engine.segments
+        self.bucket_shapes = [(blocks, 64) for blocks in self.engine.bucket_blocks]
+        self.text = json.dumps(
+            {
+                "slots": self.slots,
+                "bucket_bytes": bucket_bytes,
+                "leaves": [(leaf.shape, str(leaf.dtype).split(".")[-1]) for leaf in self.leaves],
+                "tree": _to_json(skeleton),
+            }
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> "Layout":
+        """Reads what ``text`` holds."""
+        data = json.loads(text)
+        skeleton = _from_json(data["tree"])
+        keys: Dict[int, Tuple[Any, ...]] = {}
+        _find_keys(skeleton, (), keys)
+        leaves = [
+            LeafSpec(keys[i], tuple(shape), getattr(mx, dtype))
+            for i, (shape, dtype) in enumerate(data["leaves"])
+        ]
+        return cls(skeleton, leaves, data["slots"], data["bucket_bytes"])
+
+    def segments(self) -> List[Segment]:
+        """The place of each leaf, in the order of the tree."""
+        result = []
+        for leaf, (bucket, offset) in zip(self.leaves, self.places):
+            size = _size(leaf.shape)
+            result.append(Segment(leaf.path, bucket, offset, size, leaf.shape, leaf.dtype))
+        return result
+
+    def leaf_view(self, flat: Sequence[mx.array], number: int) -> mx.array:
+        """Leaf ``number`` of one slot's flat arrays, sharing their memory."""
+        bucket, offset = self.places[number]
+        return _ext.views(flat[bucket], [(list(self.leaves[number].shape), offset)])[0]
+
+    def write_leaf(self, flat: List[mx.array], number: int, value: mx.array) -> None:
+        """Replaces leaf ``number`` in one slot's flat arrays."""
+        bucket, offset = self.places[number]
+        size = _size(self.leaves[number].shape)
+        old = flat[bucket]
+        values = value.astype(old.dtype).reshape(-1)
+        line = old.reshape(-1)
+        line[offset : offset + size] = values
+        flat[bucket] = line.reshape(old.shape)
+
+    def pack(self, values: Sequence[Any], dtype: mx.Dtype) -> List[mx.array]:
+        """One slot's flat arrays from its leaves; a leaf of None starts at zero."""
+        by_bucket: List[List[int]] = [[] for _ in self.bucket_shapes]
+        for number, (bucket, _) in enumerate(self.places):
+            by_bucket[bucket].append(number)
+        flat = []
+        for shape, numbers in zip(self.bucket_shapes, by_bucket):
+            if all(values[number] is None for number in numbers):
+                flat.append(mx.zeros(shape, dtype))
+                continue
+            parts = []
+            for number in numbers:
+                size = _size(self.leaves[number].shape)
+                value = values[number]
+                parts.append(
+                    mx.zeros((size,), dtype)
+                    if value is None
+                    else value.astype(dtype).reshape(-1)
+                )
+                if size % 64:
+                    parts.append(mx.zeros((64 - size % 64,), dtype))
+            flat.append(mx.concatenate(parts).reshape(shape))
+        return flat
+
+
+def _size(shape: Tuple[int, ...]) -> int:
+    size = 1
+    for dimension in shape:
+        size *= dimension
+    return size
+
+
+def _to_json(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _to_json(child) for key, child in node.items()}
+    if isinstance(node, (list, tuple)):
+        return ["list" if isinstance(node, list) else "tuple", [_to_json(child) for child in node]]
+    return node
+
+
+def _from_json(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _from_json(child) for key, child in node.items()}
+    if isinstance(node, list):
+        kind, children = node
+        items = [_from_json(child) for child in children]
+        return items if kind == "list" else tuple(items)
+    return node
+
+
+def _find_keys(node: Any, keys: Tuple[Any, ...], found: Dict[int, Tuple[Any, ...]]) -> None:
+    if isinstance(node, dict):
+        for key, child in node.items():
+            _find_keys(child, keys + (key,), found)
+    elif isinstance(node, (list, tuple)):
+        for i, child in enumerate(node):
+            _find_keys(child, keys + (i,), found)
+    else:
+        found[node] = keys
