@@ -1,12 +1,14 @@
 #include "fused_update.h"
 
 #include <atomic>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
 #include "array_uses.h"
 #include "backend/backend.h"
 #include "mlx/allocator.h"
+#include "mlx/ops.h"
 #include "mlx/stream.h"
 #include "mlx/utils.h"
 
@@ -128,11 +130,16 @@ UpdateOutputs fused_update(
   auto stream = mx::to_stream(s);
   require_backend(stream.device);
 
-  std::vector<mx::array> inputs{std::move(in.step)};
+  bool has_segments = !plan->segments.empty();
+  auto node = std::make_shared<FusedUpdate>(stream, plan, rule, schedule, advances);
+  std::vector<mx::array> inputs;
+  inputs.reserve(2 + in.state.size() + 2 * plan->segments.size());
+  if (node->reads_step()) {
+    inputs.push_back(in.step);
+  }
   if (!schedule) {
     inputs.push_back(std::move(*in.learning_rate));
   }
-  bool has_segments = !plan->segments.empty();
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
   if (has_segments) {
@@ -143,41 +150,37 @@ UpdateOutputs fused_update(
       dtypes.push_back(state.dtype());
       inputs.push_back(std::move(state));
     }
-    inputs.insert(
-        inputs.end(),
-        std::make_move_iterator(in.parameters.begin()),
-        std::make_move_iterator(in.parameters.end()));
-    inputs.insert(
-        inputs.end(),
-        std::make_move_iterator(in.gradients.begin()),
-        std::make_move_iterator(in.gradients.end()));
+    std::move(in.parameters.begin(), in.parameters.end(), std::back_inserter(inputs));
+    std::move(in.gradients.begin(), in.gradients.end(), std::back_inserter(inputs));
   }
-  if (advances) {
+  if (node->gives_step()) {
     shapes.push_back({});
     dtypes.push_back(mx::uint64);
-    if (schedule) {
-      shapes.push_back({});
-      dtypes.push_back(mx::float32);
-    }
   }
-  bool has_schedule = schedule != nullptr;
-  auto node = std::make_shared<FusedUpdate>(stream, std::move(plan), rule, schedule, advances);
-  size_t num_state = node->num_state_arrays();
-  auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
+  if (node->gives_learning_rate()) {
+    shapes.push_back({});
+    dtypes.push_back(mx::float32);
+  }
 
   UpdateOutputs result;
-  size_t next = 0;
+  if (advances && !node->gives_step()) {
+    result.step = mx::add(in.step, mx::array(uint64_t(1)), stream);
+  }
+  if (shapes.empty()) {
+    return result;
+  }
+  auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
   if (has_segments) {
-    result.parameters = std::move(outputs[next++]);
-    for (size_t k = 0; k < num_state; ++k) {
-      result.state.push_back(std::move(outputs[next++]));
+    result.parameters = std::move(outputs[0]);
+    for (size_t k = 0; k < node->num_state_arrays(); ++k) {
+      result.state.push_back(std::move(outputs[node->first_state_output() + k]));
     }
   }
-  if (advances) {
-    result.step = std::move(outputs[next++]);
-    if (has_schedule) {
-      result.learning_rate = std::move(outputs[next++]);
-    }
+  if (node->gives_step()) {
+    result.step = std::move(outputs[node->step_output()]);
+  }
+  if (node->gives_learning_rate()) {
+    result.learning_rate = std::move(outputs[node->learning_rate_output()]);
   }
   return result;
 }
@@ -214,11 +217,11 @@ void FusedUpdate::place_outputs(
       }
     }
   }
-  if (advances_) {
+  if (gives_step()) {
     fresh(outputs[step_output()]);
-    if (schedule_) {
-      fresh(outputs[learning_rate_output()]);
-    }
+  }
+  if (gives_learning_rate()) {
+    fresh(outputs[learning_rate_output()]);
   }
 }
 
@@ -268,12 +271,7 @@ std::vector<mx::Shape> FusedUpdate::output_shapes(const std::vector<mx::array>& 
       shapes.push_back(inputs[first_state_input() + k].shape());
     }
   }
-  if (advances_) {
-    shapes.push_back({});
-    if (schedule_) {
-      shapes.push_back({});
-    }
-  }
+  shapes.insert(shapes.end(), size_t(gives_step()) + size_t(gives_learning_rate()), mx::Shape{});
   return shapes;
 }
 

@@ -15,7 +15,8 @@ namespace flatstep {
 // Inputs of a step of one bucket. Parameters and gradients are in the order of the plan's segments
 // and may have any layout in memory; `state` holds one flat array for each slot of the rule.
 struct UpdateInputs {
-  mx::array step;                          // uint64 scalar: steps taken so far
+  // uint64 scalar: steps taken so far. Left out of the graph when the update does not depend on it.
+  mx::array step;
   std::optional<mx::array> learning_rate;  // float32 scalar; none when there is a schedule
   std::vector<mx::array> state;
   std::vector<mx::array> parameters;
@@ -96,9 +97,6 @@ class FusedUpdate : public mx::Primitive {
   const std::shared_ptr<const Schedule>& schedule() const {
     return schedule_;
   }
-  bool advances() const {
-    return advances_;
-  }
 
   // Where each input and output stands in the flat lists that MLX passes around.
   size_t num_slots() const {
@@ -107,8 +105,21 @@ class FusedUpdate : public mx::Primitive {
   size_t num_segments() const {
     return plan_->segments.size();
   }
+  // With a fixed rate and no bias correction nothing that is computed here depends on the step.
+  bool reads_step() const {
+    return schedule_ || rule_.values.bias_correction;
+  }
+  bool gives_step() const {
+    return advances_ && reads_step();
+  }
+  bool gives_learning_rate() const {
+    return advances_ && schedule_;
+  }
+  size_t learning_rate_input() const {
+    return reads_step() ? 1 : 0;
+  }
   size_t first_state_input() const {
-    return schedule_ ? 1 : 2;
+    return learning_rate_input() + (schedule_ ? 0 : 1);
   }
   size_t first_parameter_input() const {
     return first_state_input() + num_state_arrays();

@@ -19,6 +19,10 @@ FLATSTEP_FN float fused_multiply_add(float a, float b, float c) {
 FLATSTEP_FN float square_root(float x) {
   return metal::precise::sqrt(x);
 }
+// On the bits, so that no fast-math mode can fold it away.
+FLATSTEP_FN bool is_nan(float x) {
+  return (as_type<uint>(x) & 0x7fffffffu) > 0x7f800000u;
+}
 FLATSTEP_FN uint bits_of(float x) {
   return as_type<uint>(x);
 }
@@ -43,6 +47,9 @@ FLATSTEP_FN float fused_multiply_add(float a, float b, float c) {
 }
 FLATSTEP_FN float square_root(float x) {
   return __builtin_sqrtf(x);
+}
+FLATSTEP_FN bool is_nan(float x) {
+  return x != x;
 }
 FLATSTEP_FN uint32_t bits_of(float x) {
   return __builtin_bit_cast(uint32_t, x);
@@ -71,7 +78,6 @@ FLATSTEP_FN Pair pair(float x) {
 }
 
 // The low half of an overflowed or NaN value is noise (inf - inf); the high half says it all.
-// Written on the bits, so that no fast-math mode can fold it away.
 FLATSTEP_FN float finite_or_zero(float x) {
   return (bits_of(x) & 0x7f800000u) == 0x7f800000u ? 0.0f : x;
 }
@@ -94,8 +100,10 @@ FLATSTEP_FN Pair two_product(float a, float b) {
   return pair(product, fused_multiply_add(a, b, -product));
 }
 
+// The one rounding. High halves never depend on low ones, so noise in those is dropped only here.
 FLATSTEP_FN float rounded(Pair a) {
-  return a.hi + finite_or_zero(a.lo);
+  float sum = a.hi + a.lo;
+  return is_nan(sum) ? a.hi : sum;
 }
 
 FLATSTEP_FN Pair normalized(Pair a) {
@@ -125,19 +133,32 @@ FLATSTEP_FN Pair multiply(Pair a, Pair b) {
   return pair(product.hi, product.lo + (a.hi * b.lo + a.lo * b.hi));
 }
 
-// Newton's correction of the correctly rounded root: sqrt(a) = s + (a - s^2) / 2s.
 FLATSTEP_FN Pair square_root(Pair a) {
   float root = square_root(a.hi);
-  float residual = fused_multiply_add(-root, root, a.hi) + finite_or_zero(a.lo);
-  return pair(root, finite_or_zero(residual * (0.5f / root)));
+  float residual = fused_multiply_add(-root, root, a.hi) + a.lo;
+  return pair(root, residual * (0.5f / root));
 }
 
 FLATSTEP_FN Pair divide(Pair a, Pair b) {
   float inverse = 1.0f / b.hi;
   float quotient = a.hi * inverse;
   float residual = fused_multiply_add(-quotient, b.hi, a.hi);
-  residual += finite_or_zero(a.lo) - quotient * finite_or_zero(b.lo);
-  return pair(quotient, finite_or_zero(residual * inverse));
+  residual += a.lo - quotient * b.lo;
+  return pair(quotient, residual * inverse);
+}
+
+// a / (sqrt(b) + c) for c >= 0, with one root and one division. What those and the sum round off
+// is put back to first order; dividing the root's part by the whole denominator instead of by the
+// root leaves at most a quarter of 2^-24.
+FLATSTEP_FN Pair divide_by_root_plus(Pair a, Pair b, Pair c) {
+  float root = square_root(b.hi);
+  Pair denominator = two_sum(root, c.hi);
+  float inverse = 1.0f / denominator.hi;
+  float quotient = a.hi * inverse;
+  float root_residual = fused_multiply_add(-root, root, b.hi) + b.lo;
+  float rest = denominator.lo + c.lo + root_residual * (0.5f * inverse);
+  float residual = fused_multiply_add(-quotient, denominator.hi, a.hi) + (a.lo - quotient * rest);
+  return pair(quotient, residual * inverse);
 }
 
 }  // namespace flatstep

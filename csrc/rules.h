@@ -117,8 +117,8 @@ prepare_adam(FLATSTEP_CONSTANT Hyperparameters& h, float learning_rate, Step t) 
 //   p = (1 - learning_rate weight_decay) p - step_size m / (sqrt(v) + eps)
 FLATSTEP_FN Element adam(AdamStep s, Element e, float g) {
   Pair m = add(multiply(s.beta1, e.m), multiply(s.one_minus_beta1, g));
-  Pair v = add(multiply(s.beta2, e.v), multiply(multiply(s.one_minus_beta2, g), g));
-  Pair update = divide(m, add(square_root(v), s.eps));
+  Pair v = add(multiply(s.beta2, e.v), multiply(s.one_minus_beta2, two_product(g, g)));
+  Pair update = divide_by_root_plus(m, v, s.eps);
   e.m = rounded(m);
   e.v = rounded(v);
   e.p = rounded(subtract(multiply(s.decay, e.p), multiply(s.step_size, update)));

@@ -102,7 +102,7 @@ struct Job {
   Rule rule{};
   std::shared_ptr<const Schedule> schedule;
   const CpuLoops* loops{nullptr};
-  const uint64_t* step{nullptr};
+  const uint64_t* step{nullptr};        // null when nothing depends on it
   const float* learning_rate{nullptr};  // null with a schedule
   std::vector<Input> parameters;
   std::vector<Input> gradients;
@@ -117,13 +117,10 @@ struct StepConstants {
   SgdStep sgd;
 };
 
-// Updates elements [begin, end) of one segment.
+// Updates elements [begin, end) of the segment with this index in the plan.
 void update_segment(
-    const Job& job,
-    const StepConstants& constants,
-    const Segment& segment,
-    size_t begin,
-    size_t end) {
+    const Job& job, const StepConstants& constants, size_t index, size_t begin, size_t end) {
+  const Segment& segment = job.plan->segments[index];
   alignas(64) Scratch p, g, state[kMaxSlots];
   const CpuLoops& loops = *job.loops;
   bool is_adam = job.rule.kind == RuleKind::adam;
@@ -135,8 +132,8 @@ void update_segment(
     size_t p_at = segment.p_offset + i;
     size_t state_at = segment.state_offset + i;
     BlockArrays a{};
-    a.g = job.gradients[segment.position].read(loops, i, n, g);
-    a.p_in = job.parameters[segment.position].read(loops, i, n, p);
+    a.g = job.gradients[index].read(loops, i, n, g);
+    a.p_in = job.parameters[index].read(loops, i, n, p);
     a.p_out = p_out.target(p_at, p);
     const float* state_in[kMaxSlots]{};
     float* state_out[kMaxSlots]{};
@@ -189,7 +186,7 @@ void clear_gaps(const Output& out, const std::vector<Range>& used, size_t end) {
 }
 
 void run(const Job& job) {
-  uint64_t step = *job.step;
+  uint64_t step = job.step ? *job.step : 0;
   float learning_rate = job.schedule ? schedule_value(*job.schedule, step) : *job.learning_rate;
   if (job.step_out) {
     *job.step_out = step + 1;
@@ -227,7 +224,7 @@ void run(const Job& job) {
       size_t first = begin > segment->p_offset ? begin - segment->p_offset : 0;
       size_t last = std::min(segment->size, end - segment->p_offset);
       if (first < last) {
-        update_segment(job, constants, *segment, first, last);
+        update_segment(job, constants, segment - segments.begin(), first, last);
       }
     }
   });
@@ -263,15 +260,17 @@ void cpu_fused_update(
   job->rule = update.rule();
   job->schedule = update.schedule();
   job->loops = &cpu_loops();
-  job->step = inputs[0].data<uint64_t>();
-  if (!job->schedule) {
-    job->learning_rate = inputs[1].data<float>();
+  if (update.reads_step()) {
+    job->step = inputs[0].data<uint64_t>();
   }
-  if (update.advances()) {
+  if (!job->schedule) {
+    job->learning_rate = inputs[update.learning_rate_input()].data<float>();
+  }
+  if (update.gives_step()) {
     job->step_out = outputs[update.step_output()].data<uint64_t>();
-    if (job->schedule) {
-      job->learning_rate_out = outputs[update.learning_rate_output()].data<float>();
-    }
+  }
+  if (update.gives_learning_rate()) {
+    job->learning_rate_out = outputs[update.learning_rate_output()].data<float>();
   }
   size_t n = update.num_segments();
   if (n > 0) {

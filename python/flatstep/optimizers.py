@@ -45,7 +45,8 @@ class FusedOptimizer(Optimizer):
                 "provided instead"
             )
         self._state = State(self._state)
-        self._state_dtype = state_dtype or mx.float32
+        # By name: an mx.Dtype can be neither copied nor pickled.
+        self._state_dtype_name = str(state_dtype or mx.float32).rsplit(".", 1)[-1]
         self._maybe_schedule("learning_rate", learning_rate)
 
     def rule(self) -> _ext.Rule:
@@ -338,6 +339,10 @@ class FusedOptimizer(Optimizer):
             rate,
         )
 
+    @property
+    def _state_dtype(self) -> mx.Dtype:
+        return getattr(mx, self._state_dtype_name)
+
     def _plain_schedule(self) -> Optional[_ext.PlainSchedule]:
         schedule = self._schedulers.get("learning_rate")
         return plain_schedule(schedule) if schedule else None
@@ -357,7 +362,8 @@ class FusedOptimizer(Optimizer):
             super()._maybe_schedule(name, parameter)
         elif callable(parameter):
             self._schedulers[name] = parameter
-            self.state[name] = _as_learning_rate(parameter(self.step))
+            plain = plain_schedule(parameter)
+            self.state[name] = _as_learning_rate(plain(0) if plain else parameter(self.step))
         else:
             self.state[name] = _as_learning_rate(parameter)
 
