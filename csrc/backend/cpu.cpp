@@ -4,8 +4,10 @@
 // contiguous float32 are read and written where they lie; any other goes through a block of
 // scratch.
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "backend/backend.h"
@@ -29,34 +31,52 @@ class Input {
   explicit Input(const mx::array& a)
       : data_(a.data<char>()),
         dtype_(a.dtype()),
-        strided_(a.flags().row_contiguous ? nullptr : std::make_shared<StridedReader>(a)) {
+        layout_(a.flags().row_contiguous ? nullptr : std::make_shared<StridedLayout>(a)) {
   }
 
-  // Elements [begin, begin + n) as floats: in place, or converted into `scratch`.
-  const float* read(const CpuLoops& loops, size_t begin, size_t n, float* scratch) const {
-    if (!strided_ && dtype_ == mx::float32) {
-      return reinterpret_cast<const float*>(data_) + begin;
+ private:
+  friend class Walk;
+
+  const char* data_;
+  mx::Dtype dtype_;
+  std::shared_ptr<const StridedLayout> layout_;  // null for a contiguous array
+};
+
+// One thread's walk through an input.
+class Walk {
+ public:
+  // The walk ends before element `end`; `buffer` is room for it.
+  Walk(const Input& input, size_t end, std::vector<uint32_t>& buffer) : input_(input) {
+    if (input.layout_) {
+      reader_.emplace(*input.layout_, input.data_, mx::size_of(input.dtype_), end, buffer);
     }
-    alignas(64) Scratch gathered;
-    const char* raw = data_ + begin * mx::size_of(dtype_);
-    if (strided_) {
-      char* to = reinterpret_cast<char*>(dtype_ == mx::float32 ? scratch : gathered);
-      strided_->read(data_, begin, n, to);
-      raw = to;
+  }
+
+  // Elements from `begin` as floats: where they lie, or converted into `scratch`. At most `n` of
+  // them; `n` becomes smaller where fewer can be had at once.
+  const float* read(const CpuLoops& loops, size_t begin, size_t& n, float* scratch) {
+    const char* raw = input_.data_ + begin * mx::size_of(input_.dtype_);
+    if (reader_) {
+      raw = reader_->read(begin, n, n);
     }
-    if (dtype_ == mx::float16) {
-      loops.load_float16(reinterpret_cast<const uint16_t*>(raw), scratch, n);
-    } else if (dtype_ == mx::bfloat16) {
-      loops.load_bfloat16(reinterpret_cast<const uint16_t*>(raw), scratch, n);
+    if (input_.dtype_ == mx::float32) {
+      return reinterpret_cast<const float*>(raw);
     }
+    auto load = input_.dtype_ == mx::float16 ? loops.load_float16 : loops.load_bfloat16;
+    load(reinterpret_cast<const uint16_t*>(raw), scratch, n);
     return scratch;
   }
 
  private:
-  const char* data_;
-  mx::Dtype dtype_;
-  std::shared_ptr<const StridedReader> strided_;
+  const Input& input_;
+  std::optional<StridedReader> reader_;
 };
+
+// Room for the walks of one thread, kept from task to task.
+std::vector<uint32_t>& walk_buffer(size_t number) {
+  thread_local std::array<std::vector<uint32_t>, 2 + kMaxSlots> buffers;
+  return buffers[number];
+}
 
 // Where a flat array of values goes.
 class Output {
@@ -127,20 +147,27 @@ void update_segment(
   size_t variant = job.rule.has_weight_decay() + 2 * job.rule.has_momentum() +
                    4 * (job.rule.values.nesterov != 0);
   const Output& p_out = job.p_out.front();
-  for (size_t i = begin; i < end; i += kBlockElements) {
-    size_t n = std::min(kBlockElements, end - i);
+  Walk gradient(job.gradients[index], end, walk_buffer(0));
+  Walk parameter(job.parameters[index], end, walk_buffer(1));
+  std::vector<Walk> slots;
+  slots.reserve(kMaxSlots);
+  for (size_t k = 0; k < job.slots.size(); ++k) {
+    slots.emplace_back(job.slots[k].in, segment.state_offset + end, walk_buffer(2 + k));
+  }
+  for (size_t i = begin, n = 0; i < end; i += n) {
+    n = std::min(kBlockElements, end - i);
     size_t p_at = segment.p_offset + i;
     size_t state_at = segment.state_offset + i;
     BlockArrays a{};
-    a.g = job.gradients[index].read(loops, i, n, g);
-    a.p_in = job.parameters[index].read(loops, i, n, p);
-    a.p_out = p_out.target(p_at, p);
+    a.g = gradient.read(loops, i, n, g);
+    a.p_in = parameter.read(loops, i, n, p);
     const float* state_in[kMaxSlots]{};
     float* state_out[kMaxSlots]{};
-    for (size_t k = 0; k < job.slots.size(); ++k) {
-      state_in[k] = job.slots[k].in.read(loops, state_at, n, state[k]);
+    for (size_t k = 0; k < slots.size(); ++k) {
+      state_in[k] = slots[k].read(loops, state_at, n, state[k]);
       state_out[k] = job.slots[k].out.target(state_at, state[k]);
     }
+    a.p_out = p_out.target(p_at, p);
     if (is_adam) {
       a.m_in = state_in[0];
       a.m_out = state_out[0];
@@ -163,9 +190,10 @@ void update_segment(
 void carry_untouched(const Job& job, const Slot& slot) {
   alignas(64) Scratch values;
   for (const Range& range : job.plan->untouched) {
-    for (size_t i = range.begin; i < range.end; i += kBlockElements) {
-      size_t n = std::min(kBlockElements, range.end - i);
-      const float* from = slot.in.read(*job.loops, i, n, values);
+    Walk walk(slot.in, range.end, walk_buffer(0));
+    for (size_t i = range.begin, n = 0; i < range.end; i += n) {
+      n = std::min(kBlockElements, range.end - i);
+      const float* from = walk.read(*job.loops, i, n, values);
       float* to = slot.out.target(i, values);
       if (from != to) {
         std::memcpy(to, from, n * sizeof(float));

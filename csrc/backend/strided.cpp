@@ -1,10 +1,125 @@
 #include "backend/strided.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace flatstep {
 
-StridedReader::StridedReader(const mx::array& a) : itemsize_(a.itemsize()) {
+namespace {
+
+// A panel's rows fill whole cache lines of a transposed array, and a panel stays in the cache.
+constexpr size_t kMinPanelRows = 16;
+constexpr size_t kMaxPanelRows = 64;
+constexpr size_t kPanelElements = size_t(1) << 16;
+// Rows longer than this (a broadcast scalar is one row) are copied a piece at a time.
+constexpr size_t kMaxPanelColumns = size_t(1) << 17;
+constexpr size_t kPieceElements = 1024;
+constexpr size_t kTile = 16;
+
+// Columns [column, column + num_columns) of some rows; all columns if there is more than one row.
+struct Panel {
+  size_t row;
+  size_t num_rows;
+  size_t column;
+  size_t num_columns;
+  size_t pitch;  // from row to row in the buffer
+};
+
+// Rows of a panel that lie a power of two apart share a few sets of the cache and evict each other.
+size_t pitch_of(size_t num_columns) {
+  return num_columns < kPieceElements / 2 ? num_columns : (num_columns | 15) + 33;
+}
+
+typedef float Float4 __attribute__((vector_size(16)));
+
+// out[r * out_stride + c] = in[c * in_stride + r] for 4 x 4 elements.
+void transpose_4x4(const float* in, int64_t in_stride, float* out, size_t out_stride) {
+  Float4 a, b, c, d;
+  std::memcpy(&a, in, 16);
+  std::memcpy(&b, in + in_stride, 16);
+  std::memcpy(&c, in + 2 * in_stride, 16);
+  std::memcpy(&d, in + 3 * in_stride, 16);
+  Float4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  Float4 ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  Float4 cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  Float4 cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  Float4 rows[4] = {
+      __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5),
+      __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
+      __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5),
+      __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
+  for (size_t r = 0; r < 4; ++r) {
+    std::memcpy(out + r * out_stride, &rows[r], 16);
+  }
+}
+
+// Copies a tile: out[r * out_stride + c] = data[starts[r] + c * column_stride].
+template <typename T>
+void copy_tile(
+    const T* data,
+    const int64_t* starts,
+    size_t num_rows,
+    size_t num_columns,
+    int64_t column_stride,
+    T* out,
+    size_t out_stride) {
+  if constexpr (sizeof(T) == 4) {
+    bool rows_are_adjacent = num_rows == kTile;
+    for (size_t r = 1; r < num_rows; ++r) {
+      rows_are_adjacent &= starts[r] == starts[r - 1] + 1;
+    }
+    if (rows_are_adjacent && num_columns == kTile) {
+      auto* in = reinterpret_cast<const float*>(data + starts[0]);
+      auto* to = reinterpret_cast<float*>(out);
+      for (size_t c = 0; c < kTile; c += 4) {
+        for (size_t r = 0; r < kTile; r += 4) {
+          const float* from = in + static_cast<int64_t>(c) * column_stride + r;
+          transpose_4x4(from, column_stride, to + r * out_stride + c, out_stride);
+        }
+      }
+      return;
+    }
+  }
+  for (size_t c = 0; c < num_columns; ++c) {
+    const T* column = data + static_cast<int64_t>(c) * column_stride;
+    for (size_t r = 0; r < num_rows; ++r) {
+      out[r * out_stride + c] = column[starts[r]];
+    }
+  }
+}
+
+template <typename T>
+void copy_panel(const StridedLayout& layout, const Panel& panel, const T* data, T* out) {
+  size_t length = panel.num_columns;
+  int64_t stride = layout.column_stride();
+  data += static_cast<int64_t>(panel.column) * stride;
+  int64_t starts[kMaxPanelRows];
+  for (size_t r = 0; r < panel.num_rows; ++r) {
+    starts[r] = layout.row_start(panel.row + r);
+  }
+  if (stride == 1) {
+    for (size_t r = 0; r < panel.num_rows; ++r) {
+      std::memcpy(out + r * panel.pitch, data + starts[r], length * sizeof(T));
+    }
+    return;
+  }
+  for (size_t c = 0; c < length; c += kTile) {
+    for (size_t r = 0; r < panel.num_rows; r += kTile) {
+      copy_tile(
+          data + static_cast<int64_t>(c) * stride,
+          starts + r,
+          std::min(kTile, panel.num_rows - r),
+          std::min(kTile, length - c),
+          stride,
+          out + r * panel.pitch + c,
+          panel.pitch);
+    }
+  }
+}
+
+}  // namespace
+
+StridedLayout::StridedLayout(const mx::array& a) {
   for (size_t i = 0; i < a.ndim(); ++i) {
     auto size = static_cast<size_t>(a.shape()[i]);
     int64_t stride = a.strides()[i];
@@ -25,45 +140,50 @@ StridedReader::StridedReader(const mx::array& a) : itemsize_(a.itemsize()) {
   }
 }
 
-template <typename T>
-void StridedReader::read_as(const T* data, size_t begin, size_t n, T* to) const {
-  size_t last = shape_.size() - 1;
-  // The coordinates of `begin`.
-  std::vector<size_t> index(shape_.size());
-  size_t rest = begin;
-  for (size_t d = shape_.size(); d-- > 0;) {
-    index[d] = rest % shape_[d];
-    rest /= shape_[d];
+int64_t StridedLayout::row_start(size_t row) const {
+  int64_t start = 0;
+  for (size_t d = shape_.size() - 1; d-- > 0;) {
+    start += static_cast<int64_t>(row % shape_[d]) * strides_[d];
+    row /= shape_[d];
   }
-  int64_t inner_stride = strides_[last];
-  while (n > 0) {
-    int64_t at = 0;
-    for (size_t d = 0; d < shape_.size(); ++d) {
-      at += static_cast<int64_t>(index[d]) * strides_[d];
-    }
-    size_t run = std::min(n, shape_[last] - index[last]);
-    const T* from = data + at;
-    for (size_t i = 0; i < run; ++i) {
-      to[i] = from[static_cast<int64_t>(i) * inner_stride];
-    }
-    to += run;
-    n -= run;
-    index[last] = 0;
-    for (size_t d = last; d-- > 0;) {
-      if (++index[d] < shape_[d]) {
-        break;
-      }
-      index[d] = 0;
-    }
-  }
+  return start;
 }
 
-void StridedReader::read(const char* data, size_t begin, size_t n, char* to) const {
-  if (itemsize_ == 4) {
-    read_as(reinterpret_cast<const uint32_t*>(data), begin, n, reinterpret_cast<uint32_t*>(to));
-  } else {
-    read_as(reinterpret_cast<const uint16_t*>(data), begin, n, reinterpret_cast<uint16_t*>(to));
+const char* StridedReader::read(size_t begin, size_t limit, size_t& count) {
+  if (begin < first_ || begin >= end_) {
+    size_t length = layout_.row_length();
+    size_t row = begin / length;
+    if (length > kMaxPanelColumns) {
+      size_t column = begin - row * length;
+      fill(row, 1, column, std::min({limit, length - column, kPieceElements}));
+    } else {
+      size_t wanted = (walk_end_ - 1) / length + 1 - row;
+      size_t fitting = std::clamp(kPanelElements / length, kMinPanelRows, kMaxPanelRows);
+      fill(row, std::min(wanted, fitting), 0, length);
+    }
   }
+  size_t row = (begin - first_) / columns_;
+  size_t column = (begin - first_) % columns_;
+  count = std::min(limit, pitch_ == columns_ ? end_ - begin : columns_ - column);
+  return reinterpret_cast<const char*>(buffer_.data()) + (row * pitch_ + column) * itemsize_;
+}
+
+void StridedReader::fill(size_t row, size_t num_rows, size_t column, size_t num_columns) {
+  columns_ = num_columns;
+  pitch_ = num_rows == 1 ? num_columns : pitch_of(num_columns);
+  size_t bytes = num_rows * pitch_ * itemsize_;
+  if (buffer_.size() * sizeof(uint32_t) < bytes) {
+    buffer_.resize((bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t));
+  }
+  Panel panel{row, num_rows, column, num_columns, pitch_};
+  if (itemsize_ == 4) {
+    copy_panel(layout_, panel, reinterpret_cast<const uint32_t*>(data_), buffer_.data());
+  } else {
+    auto* out = reinterpret_cast<uint16_t*>(buffer_.data());
+    copy_panel(layout_, panel, reinterpret_cast<const uint16_t*>(data_), out);
+  }
+  first_ = row * layout_.row_length() + column;
+  end_ = first_ + num_rows * num_columns;
 }
 
 }  // namespace flatstep

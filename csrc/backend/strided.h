@@ -1,7 +1,12 @@
 // Reads an array of any layout in row-major order: a transposed gradient, a broadcast, a slice.
+//
+// The gradient of a linear layer's weight arrives transposed, so this is no rare case. Walking such
+// an array along its rows touches a new cache line for every element; a panel of rows is copied
+// instead, tile by tile, into a buffer that stays in the second-level cache.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "mlx/array.h"
@@ -10,22 +15,56 @@ namespace flatstep {
 
 namespace mx = mlx::core;
 
-class StridedReader {
+// The layout of an array, without the array: neighbouring dimensions that one stride can walk are
+// merged. What is left is a number of rows, and the dimension of their elements.
+class StridedLayout {
  public:
-  // Keeps the layout, not the array.
-  explicit StridedReader(const mx::array& a);
+  explicit StridedLayout(const mx::array& a);
 
-  // Copies the elements with row-major numbers [begin, begin + n) to `to`.
-  void read(const char* data, size_t begin, size_t n, char* to) const;
+  size_t row_length() const {
+    return shape_.back();
+  }
+  int64_t column_stride() const {
+    return strides_.back();
+  }
+  // Where row `row` starts, in elements from the start of the array.
+  int64_t row_start(size_t row) const;
 
  private:
-  template <typename T>
-  void read_as(const T* data, size_t begin, size_t n, T* to) const;
-
-  size_t itemsize_;
-  // Neighbouring dimensions that one stride can walk are merged.
   std::vector<size_t> shape_;
   std::vector<int64_t> strides_;
+};
+
+// One thread's walk through an array.
+class StridedReader {
+ public:
+  // `walk_end` is where the walk will end, and `buffer` the caller's, so that its memory can serve
+  // one walk after the other.
+  StridedReader(
+      const StridedLayout& layout,
+      const char* data,
+      size_t itemsize,
+      size_t walk_end,
+      std::vector<uint32_t>& buffer)
+      : layout_(layout), data_(data), itemsize_(itemsize), walk_end_(walk_end), buffer_(buffer) {
+  }
+
+  // The elements with row-major numbers from `begin`, contiguous. At least one and at most
+  // `limit` of them are there; `count` is set to how many.
+  const char* read(size_t begin, size_t limit, size_t& count);
+
+ private:
+  void fill(size_t row, size_t num_rows, size_t column, size_t num_columns);
+
+  const StridedLayout& layout_;
+  const char* data_;
+  size_t itemsize_;
+  size_t walk_end_;
+  std::vector<uint32_t>& buffer_;
+  size_t first_{0};  // the elements that the buffer holds
+  size_t end_{0};
+  size_t columns_{1};  // of them in a row of the buffer
+  size_t pitch_{1};    // from row to row
 };
 
 }  // namespace flatstep
