@@ -7,6 +7,7 @@
 
 #include "array_uses.h"
 #include "backend/backend.h"
+#include "dtypes.h"
 #include "mlx/allocator.h"
 #include "mlx/ops.h"
 #include "mlx/stream.h"
@@ -50,10 +51,6 @@ void share_whole(const mx::array& source, mx::array& out) {
   out.copy_shared_buffer(source, strides, {true, true, out.size() <= 1}, out.size());
 }
 
-bool is_floating(mx::Dtype dtype) {
-  return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-}
-
 void require(bool ok, const std::string& message) {
   if (!ok) {
     throw std::invalid_argument("[fused_update] " + message);
@@ -81,10 +78,11 @@ void check(const BucketPlan& plan, const Rule& rule, bool has_schedule, const Up
     require(
         in.parameters[i].dtype() == plan.dtype, "a parameter has another dtype than its bucket.");
     require(
-        is_floating(in.gradients[i].dtype()), "a gradient should be float32, float16 or bfloat16.");
+        is_supported(in.gradients[i].dtype()),
+        "a gradient should be float32, float16 or bfloat16.");
   }
   for (const auto& state : in.state) {
-    require(is_floating(state.dtype()), "state should be float32, float16 or bfloat16.");
+    require(is_supported(state.dtype()), "state should be float32, float16 or bfloat16.");
     require(
         state.size() >= plan.segments.back().state_offset + plan.segments.back().size,
         "a state array is too small.");

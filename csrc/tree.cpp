@@ -3,15 +3,12 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "dtypes.h"
 #include "mlx/utils.h"
 
 namespace flatstep {
 
 namespace {
-
-bool is_floating(mx::Dtype dtype) {
-  return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
-}
 
 // The path from the root to where a walk is. Kept as a chain on the stack: no work unless there is
 // an error to report.
@@ -110,6 +107,9 @@ bool has_leaves(nb::handle tree) {
 class Collector {
  public:
   explicit Collector(const Layout& layout) : layout_(layout), array_type_(nb::type<mx::array>()) {
+    result.leaves.reserve(layout.leaves().size());
+    result.parameters.reserve(layout.leaves().size());
+    result.gradients.reserve(layout.leaves().size());
   }
 
   void visit(nb::handle skeleton, nb::handle gradient, nb::handle parameter, const Path* path) {
@@ -173,7 +173,7 @@ class Collector {
     if (!PyLong_Check(skeleton.ptr())) {
       fail(path, "the optimizer was initialised with a subtree here, not with an array");
     }
-    auto index = nb::cast<size_t>(skeleton);
+    size_t index = PyLong_AsSize_t(skeleton.ptr());
     const Leaf& leaf = layout_.leaves().at(index);
     const auto& p = *nb::inst_ptr<mx::array>(parameter);
     const auto& g = *nb::inst_ptr<mx::array>(gradient);
@@ -195,7 +195,7 @@ class Collector {
   }
 
   void check_dtype(const char* what, mx::Dtype dtype, const Path* path) {
-    if (!is_floating(dtype)) {
+    if (!is_supported(dtype)) {
       throw nb::type_error((name_of(path) + ": " + what + " has dtype " + str(dtype) +
                             "; float32, float16 and bfloat16 are supported")
                                .c_str());

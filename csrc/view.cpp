@@ -18,6 +18,31 @@ size_t size_of_shape(const mx::Shape& shape) {
   return size;
 }
 
+// Appends the outputs of one node: what array::make_arrays does, without growing vectors, since
+// this runs for every tensor at every step.
+void add_node(
+    const mx::array& flat,
+    mx::Stream stream,
+    std::vector<ViewSpec> specs,
+    std::vector<mx::array>& result) {
+  size_t first = result.size();
+  size_t count = specs.size();
+  auto node = std::make_shared<View>(stream, std::move(specs));
+  for (const ViewSpec& spec : node->specs()) {
+    result.emplace_back(spec.shape, flat.dtype(), node, std::vector<mx::array>{flat});
+  }
+  for (size_t i = 0; i < count; ++i) {
+    std::vector<mx::array> siblings;
+    siblings.reserve(count - 1);
+    for (size_t k = 0; k < count; ++k) {
+      if (k != i) {
+        siblings.push_back(result[first + k]);
+      }
+    }
+    result[first + i].set_siblings(std::move(siblings), i);
+  }
+}
+
 }  // namespace
 
 std::vector<mx::array> views(
@@ -38,15 +63,7 @@ std::vector<mx::array> views(
     std::vector<ViewSpec> part(
         std::make_move_iterator(specs.begin() + first),
         std::make_move_iterator(specs.begin() + last));
-    std::vector<mx::Shape> shapes;
-    for (const auto& spec : part) {
-      shapes.push_back(spec.shape);
-    }
-    std::vector<mx::Dtype> dtypes(part.size(), flat.dtype());
-    auto node = std::make_shared<View>(stream, std::move(part));
-    for (auto& view : mx::array::make_arrays(std::move(shapes), dtypes, node, {flat})) {
-      result.push_back(std::move(view));
-    }
+    add_node(flat, stream, std::move(part), result);
   }
   return result;
 }

@@ -39,6 +39,10 @@ class View : public mx::Primitive {
   bool is_equivalent(const mx::Primitive& other) const override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
 
+  const std::vector<ViewSpec>& specs() const {
+    return specs_;
+  }
+
  private:
   void eval(const mx::array& flat, std::vector<mx::array>& outputs);
 

@@ -149,10 +149,9 @@ void update_segment(
   const Output& p_out = job.p_out.front();
   Walk gradient(job.gradients[index], end, walk_buffer(0));
   Walk parameter(job.parameters[index], end, walk_buffer(1));
-  std::vector<Walk> slots;
-  slots.reserve(kMaxSlots);
+  std::array<std::optional<Walk>, kMaxSlots> slots;
   for (size_t k = 0; k < job.slots.size(); ++k) {
-    slots.emplace_back(job.slots[k].in, segment.state_offset + end, walk_buffer(2 + k));
+    slots[k].emplace(job.slots[k].in, segment.state_offset + end, walk_buffer(2 + k));
   }
   for (size_t i = begin, n = 0; i < end; i += n) {
     n = std::min(kBlockElements, end - i);
@@ -163,8 +162,8 @@ void update_segment(
     a.p_in = parameter.read(loops, i, n, p);
     const float* state_in[kMaxSlots]{};
     float* state_out[kMaxSlots]{};
-    for (size_t k = 0; k < slots.size(); ++k) {
-      state_in[k] = slots[k].read(loops, state_at, n, state[k]);
+    for (size_t k = 0; k < job.slots.size(); ++k) {
+      state_in[k] = slots[k]->read(loops, state_at, n, state[k]);
       state_out[k] = job.slots[k].out.target(state_at, state[k]);
     }
     a.p_out = p_out.target(p_at, p);
