@@ -89,11 +89,6 @@ void check(const BucketPlan& plan, const Rule& rule, bool has_schedule, const Up
   }
 }
 
-std::string no_transform(const char* transform, const char* instead) {
-  return std::string("[flatstep] ") + transform +
-         " through an optimizer update is not supported: " + instead;
-}
-
 }  // namespace
 
 bool lie_in_one_buffer(const BucketPlan& plan, const mx::array* parameters) {
@@ -234,31 +229,6 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx:
   // Never synchronise here: MLX's evaluator still holds the command buffer that it would end.
   place_outputs(inputs, outputs, [] {});
   gpu_fused_update(*this, inputs, outputs);
-}
-
-std::vector<mx::array> FusedUpdate::jvp(
-    const std::vector<mx::array>&, const std::vector<mx::array>&, const std::vector<int>&) {
-  throw std::invalid_argument(no_transform(
-      "mx.jvp", "take the derivative of the loss alone and pass the gradients to the optimizer."));
-}
-
-std::vector<mx::array> FusedUpdate::vjp(
-    const std::vector<mx::array>&,
-    const std::vector<mx::array>&,
-    const std::vector<int>&,
-    const std::vector<mx::array>&) {
-  throw std::invalid_argument(no_transform(
-      "mx.grad",
-      "take the gradient of the loss alone; to differentiate through the update itself use the "
-      "same class of mlx.optimizers."));
-}
-
-std::pair<std::vector<mx::array>, std::vector<int>> FusedUpdate::vmap(
-    const std::vector<mx::array>&, const std::vector<int>&) {
-  throw std::invalid_argument(no_transform(
-      "mx.vmap",
-      "stack the parameters along a new axis and update the stacked arrays in one call, or use the "
-      "same class of mlx.optimizers."));
 }
 
 std::vector<mx::Shape> FusedUpdate::output_shapes(const std::vector<mx::array>& inputs) {

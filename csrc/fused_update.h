@@ -9,6 +9,7 @@
 #include "layout.h"
 #include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "transforms.h"
 
 namespace flatstep {
 
@@ -71,17 +72,7 @@ class FusedUpdate : public mx::Primitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
 
-  std::vector<mx::array> jvp(
-      const std::vector<mx::array>& primals,
-      const std::vector<mx::array>& tangents,
-      const std::vector<int>& argnums) override;
-  std::vector<mx::array> vjp(
-      const std::vector<mx::array>& primals,
-      const std::vector<mx::array>& cotangents,
-      const std::vector<int>& argnums,
-      const std::vector<mx::array>& outputs) override;
-  std::pair<std::vector<mx::array>, std::vector<int>> vmap(
-      const std::vector<mx::array>& inputs, const std::vector<int>& axes) override;
+  FLATSTEP_REFUSE_TRANSFORMS()
 
   const char* name() const override {
     return "FlatstepUpdate";

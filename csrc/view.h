@@ -5,6 +5,7 @@
 
 #include "mlx/primitives.h"
 #include "mlx/utils.h"
+#include "transforms.h"
 
 namespace flatstep {
 
@@ -32,6 +33,8 @@ class View : public mx::Primitive {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+
+  FLATSTEP_REFUSE_TRANSFORMS()
 
   const char* name() const override {
     return "FlatstepView";
