@@ -323,7 +323,8 @@ NB_MODULE(_ext, m) {
         for (const auto& [shape, offset] : specs) {
           view_specs.push_back({to_shape(shape), offset});
         }
-        return views(flat, std::move(view_specs), s);
+        auto shared = std::make_shared<const std::vector<ViewSpec>>(std::move(view_specs));
+        return views(flat, std::move(shared), s);
       },
       "flat"_a,
       "specs"_a,

@@ -1,7 +1,6 @@
 #include "fused_update.h"
 
 #include <atomic>
-#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
@@ -51,9 +50,9 @@ void share_whole(const mx::array& source, mx::array& out) {
   out.copy_shared_buffer(source, strides, {true, true, out.size() <= 1}, out.size());
 }
 
-void require(bool ok, const std::string& message) {
+void require(bool ok, const char* message) {
   if (!ok) {
-    throw std::invalid_argument("[fused_update] " + message);
+    throw std::invalid_argument(std::string("[fused_update] ") + message);
   }
 }
 
@@ -65,21 +64,19 @@ void check(const BucketPlan& plan, const Rule& rule, bool has_schedule, const Up
                        in.learning_rate->dtype() == mx::float32),
       "learning_rate should be a float32 scalar.");
   require(
-      in.parameters.size() == n && in.gradients.size() == n,
-      "there should be a parameter and a gradient for each segment.");
-  require(
       n == 0 || in.state.size() == static_cast<size_t>(rule.num_slots()),
       "there should be a state array for each slot of the rule.");
-  for (size_t i = 0; i < n; ++i) {
+  for (const Segment& segment : plan.segments) {
     require(
-        in.parameters[i].size() == plan.segments[i].size &&
-            in.gradients[i].size() == plan.segments[i].size,
+        segment.position < in.parameters.size() && segment.position < in.gradients.size(),
+        "there should be a parameter and a gradient for each segment.");
+    const mx::array& p = in.parameters[segment.position];
+    const mx::array& g = in.gradients[segment.position];
+    require(
+        p.size() == segment.size && g.size() == segment.size,
         "a parameter or gradient does not have the size of its segment.");
-    require(
-        in.parameters[i].dtype() == plan.dtype, "a parameter has another dtype than its bucket.");
-    require(
-        is_supported(in.gradients[i].dtype()),
-        "a gradient should be float32, float16 or bfloat16.");
+    require(p.dtype() == plan.dtype, "a parameter has another dtype than its bucket.");
+    require(is_supported(g.dtype()), "a gradient should be float32, float16 or bfloat16.");
   }
   for (const auto& state : in.state) {
     require(is_supported(state.dtype()), "state should be float32, float16 or bfloat16.");
@@ -143,8 +140,11 @@ UpdateOutputs fused_update(
       dtypes.push_back(state.dtype());
       inputs.push_back(std::move(state));
     }
-    std::move(in.parameters.begin(), in.parameters.end(), std::back_inserter(inputs));
-    std::move(in.gradients.begin(), in.gradients.end(), std::back_inserter(inputs));
+    for (auto* leaves : {&in.parameters, &in.gradients}) {
+      for (const Segment& segment : plan->segments) {
+        inputs.push_back(std::move((*leaves)[segment.position]));
+      }
+    }
   }
   if (node->gives_step()) {
     shapes.push_back({});

@@ -13,15 +13,16 @@
 
 namespace flatstep {
 
-// Inputs of a step of one bucket. Parameters and gradients are in the order of the plan's segments
-// and may have any layout in memory; `state` holds one flat array for each slot of the rule.
+// Inputs of a step of one bucket. Parameters and gradients are those of the whole step, in the
+// order in which it was given its leaves, and may have any layout in memory; those of the bucket
+// are moved from. `state` holds one flat array for each slot of the rule.
 struct UpdateInputs {
   // uint64 scalar: steps taken so far. Left out of the graph when the update does not depend on it.
   mx::array step;
   std::optional<mx::array> learning_rate;  // float32 scalar; none when there is a schedule
   std::vector<mx::array> state;
-  std::vector<mx::array> parameters;
-  std::vector<mx::array> gradients;
+  std::vector<mx::array>& parameters;
+  std::vector<mx::array>& gradients;
 };
 
 struct UpdateOutputs {

@@ -19,14 +19,6 @@ mx::Shape flat_shape_of(size_t blocks) {
   return {static_cast<mx::ShapeElem>(blocks), static_cast<mx::ShapeElem>(kBlock)};
 }
 
-size_t size_of_shape(const mx::Shape& shape) {
-  size_t size = 1;
-  for (auto dimension : shape) {
-    size *= static_cast<size_t>(dimension);
-  }
-  return size;
-}
-
 }  // namespace
 
 mx::Shape Bucket::flat_shape() const {
@@ -100,6 +92,7 @@ BucketPlans Layout::make_plans(const std::vector<size_t>& given) const {
     const Bucket& bucket = buckets_[b];
     BucketPlan plan{b, bucket.dtype};
     plan.state_blocks = bucket.blocks;
+    std::vector<ViewSpec> views;
     for (size_t index : bucket.leaves) {
       const Leaf& leaf = leaves_[index];
       if (position[index] == absent) {
@@ -108,9 +101,11 @@ BucketPlans Layout::make_plans(const std::vector<size_t>& given) const {
       }
       plan.segments.push_back(
           {index, position[index], leaf.size, plan.p_blocks * kBlock, leaf.offset});
+      views.push_back({leaf.shape, plan.p_blocks * kBlock});
       plan.p_blocks += blocks_for(leaf.size);
     }
     if (!plan.segments.empty()) {
+      plan.views = std::make_shared<const std::vector<ViewSpec>>(std::move(views));
       plans.push_back(std::make_shared<const BucketPlan>(std::move(plan)));
     }
   }

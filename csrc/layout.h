@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "mlx/array.h"
+#include "view.h"
 
 namespace flatstep {
 
@@ -56,6 +57,7 @@ struct BucketPlan {
   mx::Dtype dtype;
   std::vector<Segment> segments{};  // by rising offsets
   std::vector<Range> untouched{};   // state that this step leaves as it is
+  ViewSpecs views{};                // the segments' parameters in the flat array that is written
   size_t p_blocks{0};
   size_t state_blocks{0};
 

@@ -25,16 +25,7 @@ StepResult update_leaves(
   std::optional<mx::array> next_step, next_learning_rate;
   for (size_t i = 0; i < plans->size(); ++i) {
     const auto& plan = (*plans)[i];
-    UpdateInputs in{step, learning_rate, {}, {}, {}};
-    in.parameters.reserve(plan->segments.size());
-    in.gradients.reserve(plan->segments.size());
-    std::vector<ViewSpec> specs;
-    specs.reserve(plan->segments.size());
-    for (const Segment& segment : plan->segments) {
-      in.parameters.push_back(std::move(parameters[segment.position]));
-      in.gradients.push_back(std::move(gradients[segment.position]));
-      specs.push_back({layout.leaves()[segment.leaf].shape, segment.p_offset});
-    }
+    UpdateInputs in{step, learning_rate, {}, parameters, gradients};
     if (!plan->segments.empty()) {
       for (int slot = 0; slot < rule.num_slots(); ++slot) {
         in.state.push_back(std::move(state[slot][plan->bucket]));
@@ -50,7 +41,7 @@ StepResult update_leaves(
       next_learning_rate = std::move(out.learning_rate);
     }
     if (out.parameters) {
-      auto leaf_views = views(*out.parameters, std::move(specs), s);
+      auto leaf_views = views(*out.parameters, plan->views, s);
       for (size_t k = 0; k < leaf_views.size(); ++k) {
         updated[plan->segments[k].position] = std::move(leaf_views[k]);
       }

@@ -217,7 +217,9 @@ class Rebuilder {
       return nb::cast(std::move(values_.at(next_++)));
     }
     if (PyDict_Check(tree.ptr())) {
-      nb::dict result;
+      // A copy has room for all keys; a dict that grows as they come is moved several times.
+      nb::object result = PyDict_CheckExact(tree.ptr()) ? nb::steal(PyDict_Copy(tree.ptr()))
+                                                        : nb::object(nb::dict());
       PyObject *key, *value;
       Py_ssize_t position = 0;
       while (PyDict_Next(tree.ptr(), &position, &key, &value)) {

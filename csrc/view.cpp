@@ -8,8 +8,6 @@
 
 namespace flatstep {
 
-namespace {
-
 size_t size_of_shape(const mx::Shape& shape) {
   size_t size = 1;
   for (auto dimension : shape) {
@@ -18,18 +16,20 @@ size_t size_of_shape(const mx::Shape& shape) {
   return size;
 }
 
+namespace {
+
 // Appends the outputs of one node: what array::make_arrays does, without growing vectors, since
 // this runs for every tensor at every step.
 void add_node(
     const mx::array& flat,
     mx::Stream stream,
-    std::vector<ViewSpec> specs,
+    const ViewSpecs& specs,
+    size_t first,
+    size_t count,
     std::vector<mx::array>& result) {
-  size_t first = result.size();
-  size_t count = specs.size();
-  auto node = std::make_shared<View>(stream, std::move(specs));
-  for (const ViewSpec& spec : node->specs()) {
-    result.emplace_back(spec.shape, flat.dtype(), node, std::vector<mx::array>{flat});
+  auto node = std::make_shared<View>(stream, specs, first, count);
+  for (size_t i = first; i < first + count; ++i) {
+    result.emplace_back((*specs)[i].shape, flat.dtype(), node, std::vector<mx::array>{flat});
   }
   for (size_t i = 0; i < count; ++i) {
     std::vector<mx::array> siblings;
@@ -45,9 +45,8 @@ void add_node(
 
 }  // namespace
 
-std::vector<mx::array> views(
-    const mx::array& flat, std::vector<ViewSpec> specs, mx::StreamOrDevice s) {
-  for (const auto& spec : specs) {
+std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamOrDevice s) {
+  for (const ViewSpec& spec : *specs) {
     if (spec.offset + size_of_shape(spec.shape) > flat.size()) {
       std::ostringstream message;
       message << "[view] a view of shape " << spec.shape << " at element " << spec.offset
@@ -57,13 +56,9 @@ std::vector<mx::array> views(
   }
   auto stream = mx::to_stream(s);
   std::vector<mx::array> result;
-  result.reserve(specs.size());
-  for (size_t first = 0; first < specs.size(); first += kViewsPerNode) {
-    size_t last = std::min(first + kViewsPerNode, specs.size());
-    std::vector<ViewSpec> part(
-        std::make_move_iterator(specs.begin() + first),
-        std::make_move_iterator(specs.begin() + last));
-    add_node(flat, stream, std::move(part), result);
+  result.reserve(specs->size());
+  for (size_t first = 0; first < specs->size(); first += kViewsPerNode) {
+    add_node(flat, stream, specs, first, std::min(kViewsPerNode, specs->size() - first), result);
   }
   return result;
 }
@@ -88,8 +83,7 @@ void View::eval(const mx::array& flat, std::vector<mx::array>& outputs) {
     mx::array::Flags flags{/* contiguous */ true,
                            /* row_contiguous */ true,
                            /* col_contiguous */ dimensions_over_one <= 1};
-    out.copy_shared_buffer(
-        flat, strides, flags, out.size(), static_cast<int64_t>(specs_[i].offset));
+    out.copy_shared_buffer(flat, strides, flags, out.size(), static_cast<int64_t>(spec(i).offset));
   }
 }
 
@@ -102,17 +96,22 @@ void View::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>
 }
 
 bool View::is_equivalent(const mx::Primitive& other) const {
-  const auto& specs = static_cast<const View&>(other).specs_;
-  return std::equal(
-      specs_.begin(), specs_.end(), specs.begin(), specs.end(), [](const auto& a, const auto& b) {
-        return a.offset == b.offset && a.shape == b.shape;
-      });
+  const auto& that = static_cast<const View&>(other);
+  if (count_ != that.count_) {
+    return false;
+  }
+  for (size_t i = 0; i < count_; ++i) {
+    if (spec(i).offset != that.spec(i).offset || spec(i).shape != that.spec(i).shape) {
+      return false;
+    }
+  }
+  return true;
 }
 
 std::vector<mx::Shape> View::output_shapes(const std::vector<mx::array>&) {
   std::vector<mx::Shape> shapes;
-  for (const auto& spec : specs_) {
-    shapes.push_back(spec.shape);
+  for (size_t i = 0; i < count_; ++i) {
+    shapes.push_back(spec(i).shape);
   }
   return shapes;
 }

@@ -1,6 +1,7 @@
 // Leaves as views of a flat array: no copy, no work, only descriptors.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "mlx/primitives.h"
@@ -11,6 +12,9 @@ namespace flatstep {
 
 namespace mx = mlx::core;
 
+// How many elements an array of this shape has.
+size_t size_of_shape(const mx::Shape& shape);
+
 struct ViewSpec {
   mx::Shape shape;
   size_t offset;  // in elements from the start of the flat array
@@ -20,15 +24,18 @@ struct ViewSpec {
 // siblings in every output, so the bookkeeping grows with the square.
 inline constexpr size_t kViewsPerNode = 4;
 
+// The same for every step, so it is made once and shared.
+using ViewSpecs = std::shared_ptr<const std::vector<ViewSpec>>;
+
 // The parts of `flat` that `specs` name, row-contiguous, sharing its memory.
 // Throws std::invalid_argument when a part does not lie within the array.
-std::vector<mx::array> views(
-    const mx::array& flat, std::vector<ViewSpec> specs, mx::StreamOrDevice s = {});
+std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamOrDevice s = {});
 
 class View : public mx::Primitive {
  public:
-  View(mx::Stream stream, std::vector<ViewSpec> specs)
-      : mx::Primitive(stream), specs_(std::move(specs)) {
+  // Makes views number `first` to `first + count - 1` of the specs.
+  View(mx::Stream stream, ViewSpecs specs, size_t first, size_t count)
+      : mx::Primitive(stream), specs_(std::move(specs)), first_(first), count_(count) {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
@@ -42,14 +49,16 @@ class View : public mx::Primitive {
   bool is_equivalent(const mx::Primitive& other) const override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
 
-  const std::vector<ViewSpec>& specs() const {
-    return specs_;
-  }
-
  private:
   void eval(const mx::array& flat, std::vector<mx::array>& outputs);
 
-  std::vector<ViewSpec> specs_;
+  const ViewSpec& spec(size_t i) const {
+    return (*specs_)[first_ + i];
+  }
+
+  ViewSpecs specs_;
+  size_t first_;
+  size_t count_;
 };
 
 }  // namespace flatstep

@@ -259,6 +259,13 @@ void run(const Job& job) {
 
 // Writes zeros between the segments of each array that moves to fresh memory.
 void clear_fresh_gaps(const Job& job, bool p_in_place, const std::vector<mx::array>& outputs) {
+  bool all_in_place = p_in_place;
+  for (const Slot& slot : job.slots) {
+    all_in_place &= slot.in_place;
+  }
+  if (all_in_place) {
+    return;
+  }
   std::vector<Range> p_used;
   std::vector<Range> state_used = job.plan->untouched;
   for (const Segment& s : job.plan->segments) {
