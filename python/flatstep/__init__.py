@@ -37,6 +37,7 @@ from .schedulers import (  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGD",
     "AdaDelta",
     "Adafactor",
     "Adagrad",
@@ -49,7 +50,6 @@ __all__ = [
     "Muon",
     "Optimizer",
     "RMSprop",
-    "SGD",
     "Segment",
     "clip_grad_norm",
     "cosine_decay",

@@ -1,7 +1,8 @@
 """Where each leaf of a parameter tree lies in flat memory, as Python sees it."""
 
 import json
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -21,15 +22,15 @@ class Segment(NamedTuple):
     bucket: int
     offset: int
     size: int
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
     dtype: mx.Dtype
 
 
 class LeafSpec(NamedTuple):
     """A leaf of the tree: the keys that lead to it, and what its parameter looks like."""
 
-    keys: Tuple[Any, ...]
-    shape: Tuple[int, ...]
+    keys: tuple[Any, ...]
+    shape: tuple[int, ...]
     dtype: mx.Dtype
 
     @property
@@ -46,7 +47,7 @@ class Layout:
 
     def __init__(
         self,
-        skeleton: Dict[str, Any],
+        skeleton: dict[str, Any],
         leaves: Sequence[LeafSpec],
         slots: Sequence[str],
         bucket_bytes: int,
@@ -76,7 +77,7 @@ class Layout:
         """Reads what ``text`` holds."""
         data = json.loads(text)
         skeleton = _from_json(data["tree"])
-        keys: Dict[int, Tuple[Any, ...]] = {}
+        keys: dict[int, tuple[Any, ...]] = {}
         _find_keys(skeleton, (), keys)
         leaves = [
             LeafSpec(keys[i], tuple(shape), getattr(mx, dtype))
@@ -84,10 +85,10 @@ class Layout:
         ]
         return cls(skeleton, leaves, data["slots"], data["bucket_bytes"])
 
-    def segments(self) -> List[Segment]:
+    def segments(self) -> list[Segment]:
         """The place of each leaf, in the order of the tree."""
         result = []
-        for leaf, (bucket, offset) in zip(self.leaves, self.places):
+        for leaf, (bucket, offset) in zip(self.leaves, self.places, strict=True):
             size = _size(leaf.shape)
             result.append(Segment(leaf.path, bucket, offset, size, leaf.shape, leaf.dtype))
         return result
@@ -97,7 +98,7 @@ class Layout:
         bucket, offset = self.places[number]
         return _ext.views(flat[bucket], [(list(self.leaves[number].shape), offset)])[0]
 
-    def write_leaf(self, flat: List[mx.array], number: int, value: mx.array) -> None:
+    def write_leaf(self, flat: list[mx.array], number: int, value: mx.array) -> None:
         """Replaces leaf ``number`` in one slot's flat arrays."""
         bucket, offset = self.places[number]
         size = _size(self.leaves[number].shape)
@@ -107,13 +108,13 @@ class Layout:
         line[offset : offset + size] = values
         flat[bucket] = line.reshape(old.shape)
 
-    def pack(self, values: Sequence[Any], dtype: mx.Dtype) -> List[mx.array]:
+    def pack(self, values: Sequence[Any], dtype: mx.Dtype) -> list[mx.array]:
         """One slot's flat arrays from its leaves; a leaf of None starts at zero."""
-        by_bucket: List[List[int]] = [[] for _ in self.bucket_shapes]
+        by_bucket: list[list[int]] = [[] for _ in self.bucket_shapes]
         for number, (bucket, _) in enumerate(self.places):
             by_bucket[bucket].append(number)
         flat = []
-        for shape, numbers in zip(self.bucket_shapes, by_bucket):
+        for shape, numbers in zip(self.bucket_shapes, by_bucket, strict=True):
             if all(values[number] is None for number in numbers):
                 flat.append(mx.zeros(shape, dtype))
                 continue
@@ -122,9 +123,7 @@ class Layout:
                 size = _size(self.leaves[number].shape)
                 value = values[number]
                 parts.append(
-                    mx.zeros((size,), dtype)
-                    if value is None
-                    else value.astype(dtype).reshape(-1)
+                    mx.zeros((size,), dtype) if value is None else value.astype(dtype).reshape(-1)
                 )
                 if size % 64:
                     parts.append(mx.zeros((64 - size % 64,), dtype))
@@ -132,7 +131,7 @@ class Layout:
         return flat
 
 
-def _size(shape: Tuple[int, ...]) -> int:
+def _size(shape: tuple[int, ...]) -> int:
     size = 1
     for dimension in shape:
         size *= dimension
@@ -157,12 +156,12 @@ def _from_json(node: Any) -> Any:
     return node
 
 
-def _find_keys(node: Any, keys: Tuple[Any, ...], found: Dict[int, Tuple[Any, ...]]) -> None:
+def _find_keys(node: Any, keys: tuple[Any, ...], found: dict[int, tuple[Any, ...]]) -> None:
     if isinstance(node, dict):
         for key, child in node.items():
-            _find_keys(child, keys + (key,), found)
+            _find_keys(child, (*keys, key), found)
     elif isinstance(node, (list, tuple)):
         for i, child in enumerate(node):
-            _find_keys(child, keys + (i,), found)
+            _find_keys(child, (*keys, i), found)
     else:
         found[node] = keys

@@ -5,7 +5,8 @@ it is called), and plain data that the update kernel evaluates by itself at ever
 """
 
 import math
-from typing import Any, Callable, List, Optional, Union
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as mlx_optimizers
@@ -25,26 +26,26 @@ class Schedule:
     def __init__(
         self,
         factory: Callable[..., "Schedule"],
-        arguments: tuple,
+        arguments: tuple[Any, ...],
         function: ScheduleFunction,
-        plain: Optional[_ext.PlainSchedule],
+        plain: _ext.PlainSchedule | None,
     ):
         self._factory = factory
         self._arguments = arguments
         self._function = function
         self._plain = plain
 
-    def __call__(self, step: Union[int, mx.array]) -> Any:
+    def __call__(self, step: int | mx.array) -> Any:
         return self._function(step)
 
     def __repr__(self) -> str:
         return f"{self._factory.__name__}({', '.join(map(repr, self._arguments))})"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return self._factory, self._arguments
 
 
-def plain_schedule(schedule: ScheduleFunction) -> Optional[_ext.PlainSchedule]:
+def plain_schedule(schedule: ScheduleFunction) -> _ext.PlainSchedule | None:
     """The schedule as data for a kernel, or None when only calling it gives its values."""
     if isinstance(schedule, Schedule) and schedule._plain and schedule._plain.fits_kernel:
         return schedule._plain
@@ -165,7 +166,7 @@ def linear_schedule(init: float, end: float, steps: int) -> Schedule:
     return Schedule(linear_schedule, (init, end, steps), function, plain)
 
 
-def join_schedules(schedules: List[ScheduleFunction], boundaries: List[int]) -> Schedule:
+def join_schedules(schedules: list[ScheduleFunction], boundaries: list[int]) -> Schedule:
     r"""Join multiple schedules to create a new schedule.
 
     Args:

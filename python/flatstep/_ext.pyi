@@ -1,0 +1,118 @@
+"""The compiled engine of flatstep."""
+
+from collections.abc import Sequence
+
+import mlx.core
+
+class Rule:
+    """An update rule with its hyperparameters."""
+
+    @property
+    def num_slots(self) -> int:
+        """How many state arrays a step updates."""
+
+def sgd_rule(momentum: float, weight_decay: float, dampening: float, nesterov: bool) -> Rule: ...
+def adam_rule(
+    betas: Sequence[float], eps: float, weight_decay: float, bias_correction: bool, name: str
+) -> Rule: ...
+
+class PlainSchedule:
+    """A schedule as data that a kernel evaluates."""
+
+    @property
+    def fits_kernel(self) -> bool:
+        """False when a join has more pieces than a kernel takes."""
+
+    def __call__(self, step: int) -> float:
+        """The float32 learning rate at a step, as the kernels compute it."""
+
+def constant_schedule(value: float) -> PlainSchedule: ...
+def linear_schedule(init: float, end: float, steps: int) -> PlainSchedule: ...
+def cosine_decay(init: float, end: float, steps: int) -> PlainSchedule: ...
+def exponential_decay(init: float, decay_rate: float, step_size: int) -> PlainSchedule: ...
+def join_schedules(
+    schedules: Sequence[PlainSchedule], boundaries: Sequence[int]
+) -> PlainSchedule: ...
+
+class Layout:
+    """Where each leaf of a tree lies in flat memory."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        dtypes: Sequence[mlx.core.Dtype],
+        bucket_bytes: int,
+    ) -> None: ...
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """The bucket and the first element of each leaf."""
+
+    @property
+    def bucket_blocks(self) -> list[int]:
+        """The length of each bucket in blocks of 64 elements."""
+
+def are_flat(layout: Layout, skeleton: object, parameters: object) -> bool: ...
+def reuse_counters() -> dict[str, int]:
+    """
+    How often a bucket's buffer was written in place, and how often to fresh memory.
+    """
+
+def num_threads() -> int: ...
+def set_num_threads(n: int) -> None: ...
+def cpu_loops() -> str: ...
+def available_cpu_loops() -> list[str]: ...
+def set_cpu_loops(name: str) -> None: ...
+def floor_pass(p: mlx.core.array, g: mlx.core.array, state: Sequence[mlx.core.array]) -> None:
+    """
+    Moves the bytes of a step, with next to no arithmetic: the time that memory allows.
+    """
+
+def step(
+    layout: Layout,
+    skeleton: object,
+    gradients: object,
+    parameters: object,
+    rule: Rule,
+    schedule: PlainSchedule | None,
+    state: list[list[mlx.core.array]],
+    step: mlx.core.array,
+    learning_rate: mlx.core.array | None,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None = None,
+) -> tuple[object, list[list[mlx.core.array]], mlx.core.array, mlx.core.array | None] | None:
+    """
+    One step over a tree: (parameters, state, step, learning_rate), or None when a parameter's dtype is not the layout's.
+    """
+
+def single_step(
+    parameter: mlx.core.array,
+    gradient: mlx.core.array,
+    state: Sequence[mlx.core.array],
+    rule: Rule,
+    schedule: PlainSchedule | None,
+    step: mlx.core.array,
+    learning_rate: mlx.core.array | None,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None = None,
+) -> tuple[mlx.core.array, list[mlx.core.array], mlx.core.array, mlx.core.array | None]:
+    """One step of one array: (parameter, state, step, learning_rate)."""
+
+def views(
+    flat: mlx.core.array,
+    specs: Sequence[tuple[Sequence[int], int]],
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None = None,
+) -> list[mlx.core.array]:
+    """
+    Parts of a flat array, given as (shape, first element), sharing its memory.
+    """

@@ -1,0 +1,45 @@
+"""Checks of single values, with errors that name the argument, its value and what is allowed."""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+
+
+def as_number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} should be a number, {value!r} was provided instead") from None
+
+
+def as_learning_rate(value: Any) -> mx.array:
+    """A float32 scalar, as the kernels read it."""
+    if isinstance(value, mx.array):
+        if value.size != 1 or value.dtype == mx.complex64:
+            raise ValueError(
+                f"learning_rate should be one real number, an array of shape {tuple(value.shape)} "
+                f"and {value.dtype} was provided instead"
+            )
+        if value.dtype == mx.float32 and value.ndim == 0:
+            return value
+        return value.astype(mx.float32).reshape(())
+    number = as_number("learning_rate", value)
+    if not math.isfinite(number):
+        raise ValueError(f"learning_rate should be finite, {value} was provided instead")
+    return mx.array(number, mx.float32)
+
+
+def as_step(value: Any) -> mx.array:
+    if isinstance(value, mx.array):
+        if value.size != 1 or not mx.issubdtype(value.dtype, mx.integer):
+            raise ValueError(
+                f"step should be one whole number, an array of shape {tuple(value.shape)} and "
+                f"{value.dtype} was provided instead"
+            )
+        if value.dtype == mx.uint64 and value.ndim == 0:
+            return value
+        return value.astype(mx.uint64).reshape(())
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise ValueError(f"step should be a whole number >= 0, {value!r} was provided instead")
+    return mx.array(value, mx.uint64)

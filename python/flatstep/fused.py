@@ -1,0 +1,389 @@
+"""The base of the fused optimizers: the interface of ``mlx.optimizers.Optimizer`` on the engine."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.optimizers import Optimizer
+
+from . import _ext
+from .checks import as_learning_rate, as_step
+from .layout import FLOATING, Layout, Segment
+from .schedulers import plain_schedule
+from .state import State
+from .trees import arrays_of, matching_part
+
+LearningRate = float | mx.array | Callable[[mx.array], mx.array]
+
+
+class FlatUpdate(NamedTuple):
+    """What ``flat_update`` returns: arrays for the next call."""
+
+    parameter: mx.array
+    state: tuple[mx.array, ...]
+    step: mx.array
+    learning_rate: mx.array
+
+
+class FusedOptimizer(Optimizer):
+    """What SGD, Adam and AdamW share: an ``mlx.optimizers.Optimizer`` whose update is one pass.
+
+    Args:
+        learning_rate (float or callable): The learning rate, or a schedule of it.
+        state_dtype (mx.Dtype, optional): How the state is stored: ``mx.float32``, ``mx.float16`` or
+          ``mx.bfloat16``. Default: ``mx.float32``, whatever the parameters are. (MLX stores the
+          state in the parameters' dtype; a bfloat16 ``v`` can't decay, since 0.999 v rounds to v.)
+    """
+
+    # The names of the state that a rule keeps for each parameter, in the engine's order.
+    slots: tuple[str, ...] = ()
+
+    def __init__(self, learning_rate: LearningRate, state_dtype: mx.Dtype | None = None):
+        super().__init__()
+        if state_dtype is not None and state_dtype not in FLOATING:
+            raise ValueError(
+                f"state_dtype should be mx.float32, mx.float16 or mx.bfloat16, {state_dtype!r} was "
+                "provided instead"
+            )
+        self._state = State(self._state)
+        # By name: an mx.Dtype can be neither copied nor pickled.
+        self._state_dtype_name = str(state_dtype or mx.float32).rsplit(".", 1)[-1]
+        self._maybe_schedule("learning_rate", learning_rate)
+
+    def rule(self) -> _ext.Rule:
+        """The engine's form of the hyperparameters as they are now.
+
+        Raises:
+            ValueError: a hyperparameter is out of its range.
+        """
+        raise NotImplementedError
+
+    # ---- The interface of mlx.optimizers ----
+
+    def init(self, parameters: Any) -> None:
+        """Initialize the optimizer's state.
+
+        Parameters that have state already keep it, so this may be called again after parameters
+        were added, or after a state was loaded.
+
+        Args:
+            parameters (dict): A Python tree of parameters: float32, float16 or bfloat16 arrays in
+              dicts, lists and tuples, or an ``mlx.nn.Module``.
+
+        Raises:
+            TypeError: a parameter is not an array, or has another dtype; the message names it.
+            ValueError: state that was loaded has another shape than its parameter.
+
+        Source: ``mlx.optimizers.Optimizer.init``.
+
+        Example:
+            >>> import flatstep as optim, mlx.nn as nn
+            >>> optimizer = optim.SGD(learning_rate=1e-1, momentum=0.9)
+            >>> optimizer.init(nn.Linear(2, 2).trainable_parameters())
+            >>> optimizer.state.keys()
+            dict_keys(['step', 'learning_rate', 'weight', 'bias'])
+        """
+        if self._is_customised:
+            self._state = self._plain_state()
+            super().init(parameters)
+            return
+        state = self._usable_state()
+        state.set_flat(*state.make_flat(parameters, self.slots, self._state_dtype))
+        self._initialized = True
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """Apply the gradients to the parameters and return the updated parameters.
+
+        Args:
+            gradients (dict): A Python tree of gradients: float32, float16 or bfloat16 arrays of any
+              layout in memory. It may cover a part of the parameters; the rest, and its state,
+              stays as it is.
+            parameters (dict): A Python tree of parameters, a superset of the gradients.
+
+        Returns:
+            A tree of the structure of the gradients, each leaf with its parameter's shape and
+            dtype. Where nobody else holds the old parameters their memory is reused.
+
+        Raises:
+            ValueError: a shape does not match, or a gradient has no parameter or no state; the
+              message names the path. Nothing is changed.
+            TypeError: a leaf is not an array, or has a dtype that is not supported.
+
+        Source: ``mlx.optimizers.Optimizer.apply_gradients``.
+
+        Example:
+            >>> import flatstep as optim, mlx.core as mx
+            >>> optimizer = optim.SGD(learning_rate=0.5)
+            >>> optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.zeros(2)})
+            {'w': array([-0.5, -0.5], dtype=float32)}
+        """
+        if self._is_customised:
+            return super().apply_gradients(gradients, parameters)
+        if type(self).init is not FusedOptimizer.init and not self._initialized:
+            self.init(matching_part(gradients, parameters))
+
+        state = self._usable_state()
+        layout = state.layout
+        if layout is None or not self._initialized:
+            layout, flat = state.make_flat(
+                matching_part(gradients, parameters), self.slots, self._state_dtype
+            )
+        else:
+            flat = {slot: state.flat_arrays(slot) for slot in self.slots}
+        scheduled = self._scheduled_values()
+        result = self._step(layout, flat, gradients, parameters, scheduled)
+        if result is None:
+            # Parameters were cast since `init`: lay them out for their new dtypes.
+            layout, flat = state.make_flat(
+                matching_part(gradients, parameters), self.slots, self._state_dtype
+            )
+            result = self._step(layout, flat, gradients, parameters, scheduled)
+            assert result is not None
+        updated, slots, step, learning_rate = result
+
+        for name, value in scheduled.items():
+            dict.__setitem__(state, name, value)
+        dict.__setitem__(state, "step", step)
+        if learning_rate is not None:
+            dict.__setitem__(state, "learning_rate", learning_rate)
+        state.set_flat(layout, {**flat, **dict(zip(self.slots, slots, strict=False))})
+        self._initialized = True
+        return updated
+
+    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
+        """Initialize the state of one parameter; for subclasses that extend it."""
+        for slot in self.slots:
+            state[slot] = mx.zeros(parameter.shape, self._state_dtype)
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
+    ) -> mx.array:
+        """Update one parameter and its state; for subclasses that extend it.
+
+        As in MLX, ``self.step`` counts this step already.
+        """
+        rule = self.rule()
+        used = self.slots[: rule.num_slots]
+        updated, values, _, _ = _ext.single_step(
+            parameter,
+            gradient,
+            [state[slot] for slot in used],
+            rule,
+            None,
+            self.step - mx.array(1, mx.uint64),
+            as_learning_rate(self.learning_rate),
+        )
+        state.update(zip(used, values, strict=True))
+        return updated
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's state: ``step`` (uint64), ``learning_rate`` (float32) and a tree of the
+        parameters' structure with a dict of arrays for each parameter.
+
+        The arrays are views of the flat state, made when asked for. Set it to a tree of this
+        optimizer, of the same class of ``mlx.optimizers``, or to what a compiled function returned.
+        """
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state = State.adopt(state)
+        self._initialized = isinstance(self._state, State) and self._state.layout is not None
+
+    @property
+    def learning_rate(self) -> mx.array:
+        """The learning rate of the last step, or the one set since. A float32 scalar."""
+        rate: mx.array = self.state["learning_rate"]
+        return rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: float | mx.array) -> None:
+        self.state["learning_rate"] = as_learning_rate(learning_rate)
+
+    # ---- What flatstep adds ----
+
+    @property
+    def layout(self) -> list[Segment]:
+        """Where each parameter and its state lie in flat memory, in the order of the tree.
+
+        Empty before ``init``. Offsets and sizes count elements of the bucket's flat arrays.
+        """
+        layout = self._state.layout if isinstance(self._state, State) else None
+        return layout.segments() if layout else []
+
+    def is_flat(self, parameters: Any) -> bool:
+        """Whether the parameters lie in the flat buffers as a step leaves them.
+
+        If so, and if nobody else holds them, the next step updates them in place. Evaluates the
+        parameters.
+
+        Args:
+            parameters (dict): A Python tree of parameters, or a part of it.
+
+        Raises:
+            ValueError: the tree does not fit the layout; the message names the path.
+        """
+        layout = self._state.layout if isinstance(self._state, State) else None
+        if layout is None:
+            return False
+        mx.eval(parameters)
+        return _ext.are_flat(layout.engine, layout.skeleton, arrays_of(parameters))
+
+    def flat_update(
+        self,
+        parameter: mx.array,
+        gradient: mx.array,
+        *state: mx.array,
+        step: int | mx.array,
+        learning_rate: float | mx.array | None = None,
+    ) -> FlatUpdate:
+        """One step of one flat array, for those who keep their own buffers.
+
+        The optimizer gives the rule, its hyperparameters and the schedule; its own state is neither
+        read nor changed. Arrays that nobody else holds are updated in place once the parameter is
+        one that this call returned.
+
+        Args:
+            parameter (mx.array): shape (n,), float32, float16 or bfloat16.
+            gradient (mx.array): shape (n,), any of these dtypes.
+            *state (mx.array): the arrays named by ``optimizer.slots`` (SGD: ``v``; Adam and AdamW:
+              ``m``, ``v``), shape (n,), any of these dtypes. SGD without momentum takes none.
+            step (int or mx.array): steps taken so far, an int >= 0 or a uint64 scalar.
+            learning_rate (float or mx.array, optional): Default: the optimizer's schedule at
+              ``step``, or its learning rate.
+
+        Returns:
+            FlatUpdate: ``(parameter, state, step, learning_rate)`` after the step.
+
+        Raises:
+            ValueError: a shape or the number of state arrays does not match, or ``step`` is
+              negative.
+            TypeError: a dtype is not supported.
+
+        Example:
+            >>> import flatstep as optim, mlx.core as mx
+            >>> optimizer = optim.SGD(learning_rate=0.5, momentum=0.9)
+            >>> p, (v,), step, _ = optimizer.flat_update(
+            ...     mx.zeros(3), mx.ones(3), mx.zeros(3), step=0
+            ... )
+            >>> p
+            array([-0.5, -0.5, -0.5], dtype=float32)
+        """
+        rule = self.rule()
+        names = self.slots[: rule.num_slots]
+        if len(state) != len(names):
+            raise ValueError(
+                f"flat_update: {type(self).__name__} takes {len(names)} state arrays "
+                f"{names}, {len(state)} were provided"
+            )
+        named = dict(zip(names, state, strict=True))
+        arrays = {"parameter": parameter, "gradient": gradient, **named}
+        for name, array in arrays.items():
+            if not isinstance(array, mx.array):
+                raise TypeError(f"flat_update: {name} should be an mlx.core.array, got {array!r}")
+            if array.ndim != 1 or array.shape != parameter.shape:
+                raise ValueError(
+                    f"flat_update: {name} of shape {tuple(array.shape)} should be one-dimensional "
+                    f"and as long as the parameter {tuple(parameter.shape)}"
+                )
+            if array.dtype not in FLOATING:
+                raise TypeError(
+                    f"flat_update: {name} has dtype {array.dtype}; float32, float16 and bfloat16 "
+                    "are supported"
+                )
+        count = as_step(step)
+        plain = None
+        if learning_rate is None:
+            plain = self._plain_schedule()
+            if plain is None:
+                schedule = self._schedulers.get("learning_rate")
+                learning_rate = schedule(count) if schedule else self.learning_rate
+        rate = None if learning_rate is None else as_learning_rate(learning_rate)
+        updated, values, next_step, scheduled = _ext.single_step(
+            parameter, gradient, list(state), rule, plain, count, rate
+        )
+        rate = rate if scheduled is None else scheduled
+        assert rate is not None
+        return FlatUpdate(updated, tuple(values), next_step, rate)
+
+    # ---- Inner workings ----
+
+    @property
+    def _is_customised(self) -> bool:
+        """A subclass that has its own way with a single parameter gets MLX's loop over them."""
+        kind = type(self)
+        return (
+            kind.apply_single is not FusedOptimizer.apply_single
+            or kind.init_single is not FusedOptimizer.init_single
+        )
+
+    def _step(
+        self,
+        layout: Layout,
+        flat: dict[str, list[mx.array]],
+        gradients: Any,
+        parameters: Any,
+        scheduled: dict[str, mx.array],
+    ) -> tuple[Any, list[list[mx.array]], mx.array, mx.array | None] | None:
+        rule = self.rule()
+        plain = self._plain_schedule()
+        rate = None
+        if plain is None:
+            rate = scheduled.get("learning_rate")
+            rate = as_learning_rate(self.learning_rate) if rate is None else rate
+        return _ext.step(
+            layout.engine,
+            layout.skeleton,
+            gradients,
+            parameters,
+            rule,
+            plain,
+            [flat[slot] for slot in self.slots[: rule.num_slots]],
+            as_step(self.step),
+            rate,
+        )
+
+    @property
+    def _state_dtype(self) -> mx.Dtype:
+        dtype: mx.Dtype = getattr(mx, self._state_dtype_name)
+        return dtype
+
+    def _plain_schedule(self) -> _ext.PlainSchedule | None:
+        schedule = self._schedulers.get("learning_rate")
+        return plain_schedule(schedule) if schedule else None
+
+    def _scheduled_values(self) -> dict[str, mx.array]:
+        """What the schedules that only MLX operations can evaluate give for this step."""
+        values = {}
+        for name, schedule in self._schedulers.items():
+            if name != "learning_rate":
+                values[name] = schedule(self.step)
+            elif self._plain_schedule() is None:
+                values[name] = as_learning_rate(schedule(self.step))
+        return values
+
+    def _maybe_schedule(self, name: str, parameter: Any) -> None:
+        if name != "learning_rate":
+            super()._maybe_schedule(name, parameter)
+        elif callable(parameter):
+            self._schedulers[name] = parameter
+            plain = plain_schedule(parameter)
+            self.state[name] = as_learning_rate(plain(0) if plain else parameter(self.step))
+        else:
+            self.state[name] = as_learning_rate(parameter)
+
+    def _usable_state(self) -> State:
+        state = self._state
+        if not isinstance(state, State):
+            raise TypeError(
+                f"optimizer.state should be a dict, it was set to a {type(state).__name__}"
+            )
+        for key in ("step", "learning_rate"):
+            if key not in state:
+                raise ValueError(f"optimizer.state has no {key!r}; it was set to {state!r}")
+        return state
+
+    def _plain_state(self) -> Any:
+        """The state as MLX's own loop wants it: nothing flat."""
+        return State(self._state._tree()) if isinstance(self._state, State) else self._state

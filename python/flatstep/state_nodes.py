@@ -1,0 +1,160 @@
+"""What a user sees inside ``optimizer.state``: dicts and lists that read and write flat arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from .trees import check_leaf_state, trees_equal
+
+if TYPE_CHECKING:
+    from .state import State
+
+
+class Node(dict[Any, Any]):
+    """A dict inside the tree: a leaf's slots, or names that lead to leaves.
+
+    What it holds as a dict are the views at the time when it was last asked for something; every
+    question in Python is answered from the state as it is then, as MLX's own dicts would.
+    """
+
+    def __init__(self, state: State, skeleton: Any):
+        self._state = state
+        self._place = skeleton
+        self._refresh()
+
+    def _refresh(self) -> None:
+        dict.clear(self)
+        if isinstance(self._place, dict):
+            for key, child in self._place.items():
+                dict.__setitem__(self, key, make_node(self._state, child))
+            return
+        layout = self._state.layout
+        if layout is not None:
+            for slot in layout.slots:
+                view = layout.leaf_view(self._state.flat_arrays(slot), self._place)
+                dict.__setitem__(self, slot, view)
+
+    def __getitem__(self, key: Any) -> Any:
+        self._refresh()
+        return dict.__getitem__(self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(self._place, dict):
+            if key not in self._place:
+                raise KeyError(f"{key}: the optimizer was not initialised with this parameter")
+            write_subtree(self._state, self._place[key], value, str(key))
+        else:
+            write_slot(self._state, self._place, key, value)
+        self._refresh()
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self._refresh()
+        return dict.get(self, key, default)
+
+    def items(self) -> Any:
+        self._refresh()
+        return dict.items(self)
+
+    def values(self) -> Any:
+        self._refresh()
+        return dict.values(self)
+
+    def update(self, *others: Any, **items: Any) -> None:
+        for key, value in dict(*others, **items).items():
+            self[key] = value
+
+    def copy(self) -> dict[Any, Any]:
+        return dict(self.items())
+
+    def __eq__(self, other: object) -> bool:
+        return trees_equal(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return repr(dict(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (detached(self),)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            "entries of an initialised optimizer's state cannot be removed; assign new values, or "
+            "assign a whole tree to optimizer.state"
+        )
+
+    __delitem__ = pop = popitem = clear = _refuse
+
+
+class NodeList(list[Any]):
+    """A list inside the tree. Its items are live; assigning to one writes the state."""
+
+    def __init__(self, items: Sequence[Any] = (), state: State | None = None, place: Any = ()):
+        super().__init__(items)
+        self._state = state
+        self._place = place
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self._state is None:
+            super().__setitem__(index, value)
+        else:
+            write_subtree(self._state, self._place[index], value, str(index))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (detached(self),)
+
+
+def make_node(state: State, skeleton: Any) -> Any:
+    """What a user sees at a place of the tree."""
+    if isinstance(skeleton, list):
+        return NodeList([make_node(state, child) for child in skeleton], state, skeleton)
+    if isinstance(skeleton, tuple):
+        return tuple(make_node(state, child) for child in skeleton)
+    return Node(state, skeleton)
+
+
+def detached(node: Any) -> Any:
+    """A node as plain containers that no later step changes."""
+    if isinstance(node, dict):
+        return {key: detached(child) for key, child in node.items()}
+    if isinstance(node, (list, tuple)):
+        items = [detached(child) for child in node]
+        return items if isinstance(node, list) else tuple(items)
+    return node
+
+
+def write_subtree(state: State, skeleton: Any, value: Any, path: str) -> None:
+    """Assigns a subtree: every leaf below `skeleton` takes the slots that `value` has for it."""
+    if isinstance(skeleton, int):
+        if not isinstance(value, dict):
+            raise TypeError(f"{path}: state should be a dict of arrays, {value!r} was assigned")
+        for slot, array in value.items():
+            write_slot(state, skeleton, slot, array, path)
+    elif isinstance(skeleton, dict):
+        for key, child in value.items():
+            if key not in skeleton:
+                raise KeyError(f"{path}.{key}: the optimizer was not initialised with this name")
+            write_subtree(state, skeleton[key], child, f"{path}.{key}")
+    else:
+        if len(value) != len(skeleton):
+            raise ValueError(f"{path}: {len(value)} items were assigned to {len(skeleton)}")
+        for i, (child, item) in enumerate(zip(skeleton, value, strict=True)):
+            write_subtree(state, child, item, f"{path}.{i}")
+
+
+def write_slot(state: State, leaf: int, slot: Any, value: Any, path: str = "") -> None:
+    layout = state.layout
+    assert layout is not None
+    spec = layout.leaves[leaf]
+    if slot not in layout.slots:
+        raise KeyError(f"{spec.path}.{slot}: this optimizer keeps {', '.join(layout.slots)}")
+    if not isinstance(value, mx.array):
+        value = mx.array(value)
+    check_leaf_state(f"{spec.path}.{slot}", value, spec.shape)
+    layout.write_leaf(state.flat_arrays(slot), leaf, value)

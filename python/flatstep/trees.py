@@ -1,0 +1,168 @@
+"""Trees of arrays in Python: what a step does once, not at every step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+
+from .layout import FLOATING, LeafSpec
+
+# Names that a state has at its top beside those of the parameters.
+FLAT_KEY = "__flatstep__"
+RESERVED = ("step", "learning_rate", FLAT_KEY)
+
+
+def merge_trees(
+    state: Any, parameters: Any, slots: Sequence[str]
+) -> tuple[dict[str, Any], list[LeafSpec], list[list[mx.array | None]]]:
+    """The union of a state's tree and a tree of parameters: (skeleton, leaves, state values).
+
+    A leaf's dtype and shape are those of its parameter; of a leaf that only the state has, those
+    of its state. Entries of the state at the top that are no leaves' state are left out.
+    """
+    leaves: list[LeafSpec] = []
+    values: list[list[mx.array | None]] = []
+
+    def add_leaf(keys: tuple[Any, ...], parameter: mx.array | None, held: Any) -> int:
+        held = held if isinstance(held, dict) else {}
+        first = next((held[slot] for slot in slots if slot in held), None)
+        source = parameter if parameter is not None else first
+        assert source is not None
+        spec = LeafSpec(keys, tuple(source.shape), source.dtype)
+        if source.dtype not in FLOATING:
+            raise TypeError(
+                f"{spec.path}: parameter has dtype {source.dtype}; float32, float16 and bfloat16 "
+                "are supported"
+            )
+        for slot in slots:
+            if slot in held:
+                check_leaf_state(f"{spec.path}.{slot}", held[slot], spec.shape)
+        leaves.append(spec)
+        values.append([held.get(slot) for slot in slots])
+        return len(leaves) - 1
+
+    def merge(keys: tuple[Any, ...], parameter: Any, held: Any) -> Any:
+        if isinstance(parameter, mx.array):
+            return add_leaf(keys, parameter, held)
+        if isinstance(parameter, dict) or (parameter is None and isinstance(held, dict)):
+            if parameter is None and _is_leaf_state(held, slots):
+                return add_leaf(keys, None, held)
+            ours = parameter or {}
+            theirs = held if isinstance(held, dict) else {}
+            for key in ours:
+                if not isinstance(key, str):
+                    raise TypeError(
+                        f"{'.'.join(map(str, keys)) or 'parameters'}: names should be strings, "
+                        f"{key!r} was found"
+                    )
+            names = list(ours) + [key for key in theirs if key not in ours]
+            return {key: merge((*keys, key), ours.get(key), theirs.get(key)) for key in names}
+        if isinstance(parameter, (list, tuple)) or isinstance(held, (list, tuple)):
+            ours_list = list(parameter or ())
+            held_list = list(held) if isinstance(held, (list, tuple)) else []
+            length = max(len(ours_list), len(held_list))
+            ours_list += [None] * (length - len(ours_list))
+            held_list += [None] * (length - len(held_list))
+            items = [merge((*keys, i), ours_list[i], held_list[i]) for i in range(length)]
+            is_tuple = isinstance(parameter if parameter is not None else held, tuple)
+            return tuple(items) if is_tuple else items
+        if parameter is None:
+            return {}
+        raise TypeError(
+            f"{'.'.join(map(str, keys))}: a parameter should be an mlx.core.array, found "
+            f"{type(parameter).__name__}"
+        )
+
+    if not isinstance(parameters, dict):
+        raise TypeError(
+            f"parameters should be a dict (or a module), {type(parameters).__name__} was provided"
+        )
+    for name in RESERVED:
+        if name in parameters:
+            raise ValueError(f"{name}: a top-level parameter can't have a name of the state's own")
+    inner = {
+        key: value
+        for key, value in state.items()
+        if key in parameters or (key not in RESERVED and _has_state(value, slots))
+    }
+    return merge((), parameters, inner), leaves, values
+
+
+def _is_leaf_state(node: Any, slots: Sequence[str]) -> bool:
+    return bool(node) and all(isinstance(node.get(slot), mx.array) for slot in slots)
+
+
+def _has_state(node: Any, slots: Sequence[str]) -> bool:
+    """Whether a subtree consists of leaves' state and nothing else."""
+    if isinstance(node, dict):
+        return _is_leaf_state(node, slots) or (
+            bool(node) and all(_has_state(child, slots) for child in node.values())
+        )
+    if isinstance(node, (list, tuple)):
+        return bool(node) and all(_has_state(child, slots) for child in node)
+    return False
+
+
+def check_leaf_state(path: str, value: mx.array, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{path}: state of shape {tuple(value.shape)} does not match parameter {tuple(shape)}"
+        )
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{path}: state has dtype {value.dtype}; float32, float16 and bfloat16 are supported"
+        )
+
+
+def trees_equal(a: Any, b: Any) -> bool:
+    """Equality of trees, with arrays equal when their dtypes, shapes and values are."""
+    if isinstance(a, mx.array) and isinstance(b, mx.array):
+        return bool(a.dtype == b.dtype and mx.array_equal(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(trees_equal(value, b[key]) for key, value in a.items())
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(trees_equal, a, b))
+    return bool(a == b)
+
+
+def matching_part(gradients: Any, parameters: Any, path: str = "") -> Any:
+    """The part of the parameters that the gradients cover."""
+    if isinstance(gradients, mx.array):
+        return parameters
+    if isinstance(gradients, dict):
+        items: Any = gradients.items()
+    elif isinstance(gradients, (list, tuple)):
+        items = enumerate(gradients)
+    else:
+        raise TypeError(
+            f"{path or 'the tree'}: a gradient should be an mlx.core.array, found "
+            f"{type(gradients).__name__}"
+        )
+    result = {}
+    for key, child in items:
+        here = f"{path}.{key}" if path else str(key)
+        try:
+            result[key] = matching_part(child, parameters[key], here)
+        except (KeyError, IndexError):
+            if tree_flatten(child):
+                raise ValueError(
+                    f"{here}: there is a gradient but no parameter of this name"
+                ) from None
+            result[key] = child
+    if isinstance(gradients, dict):
+        return result
+    return (
+        type(gradients)(*result.values())
+        if hasattr(gradients, "_fields")
+        else type(gradients)(result.values())
+    )
+
+
+def arrays_of(parameters: Any) -> Any:
+    """A module as the tree of its parameters; any other tree as it is."""
+    return (
+        parameters.parameters()
+        if hasattr(parameters, "parameters")
+        else tree_map(lambda leaf: leaf, parameters)
+    )
