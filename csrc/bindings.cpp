@@ -21,6 +21,14 @@ namespace {
 
 using Pieces = std::vector<SchedulePiece>;
 
+// What the stubs say of the lists, tuples and dicts that are read and written by hand.
+using ArrayList = nb::typed<nb::list, mx::array>;
+using StateLists = nb::typed<nb::list, ArrayList>;
+using StepTuple = nb::typed<nb::tuple, nb::object, StateLists, mx::array, std::optional<mx::array>>;
+using SingleStepTuple =
+    nb::typed<nb::tuple, mx::array, ArrayList, mx::array, std::optional<mx::array>>;
+using Counts = nb::typed<nb::dict, std::string, uint64_t>;
+
 // A schedule that Python holds: its pieces, for joining, and what the kernels read.
 struct PlainSchedule {
   explicit PlainSchedule(Pieces p) : pieces(std::move(p)) {
@@ -70,20 +78,20 @@ nb::list state_to_python(std::vector<std::vector<mx::array>> state) {
   return slots;
 }
 
-nb::object step(
+std::optional<StepTuple> step(
     const Layout& layout,
     nb::handle skeleton,
     nb::handle gradients,
     nb::handle parameters,
     const Rule& rule,
     const PlainSchedule* schedule,
-    const nb::list& state,
+    const StateLists& state,
     const mx::array& step_count,
     std::optional<mx::array> learning_rate,
     mx::StreamOrDevice s) {
   GivenLeaves given = collect_leaves(layout, skeleton, gradients, parameters);
   if (given.dtype_changed) {
-    return nb::none();
+    return std::nullopt;
   }
   StepResult result = update_leaves(
       layout,
@@ -103,7 +111,7 @@ nb::object step(
       nb::cast(std::move(result.learning_rate)));
 }
 
-nb::object single_step(
+SingleStepTuple single_step(
     const mx::array& parameter,
     const mx::array& gradient,
     std::vector<mx::array> state,
@@ -253,7 +261,7 @@ void bind_cpu(nb::module_& m) {
       "reuse_counters",
       [] {
         ReuseCounters c = reuse_counters();
-        nb::dict result;
+        Counts result;
         result["parameters_in_place"] = c.parameters_in_place;
         result["parameters_fresh"] = c.parameters_fresh;
         result["state_in_place"] = c.state_in_place;

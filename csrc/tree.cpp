@@ -1,5 +1,7 @@
 #include "tree.h"
 
+#include <nanobind/stl/string.h>
+
 #include <sstream>
 #include <stdexcept>
 

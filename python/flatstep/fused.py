@@ -188,8 +188,15 @@ class FusedOptimizer(Optimizer):
 
     @state.setter
     def state(self, state: Any) -> None:
-        self._state = State.adopt(state)
-        self._initialized = isinstance(self._state, State) and self._state.layout is not None
+        adopted = State.adopt(state)
+        layout = adopted.layout if isinstance(adopted, State) else None
+        if layout is not None and layout.slots != self.slots:
+            raise ValueError(
+                f"state of an optimizer that keeps {', '.join(layout.slots)} was set on "
+                f"{type(self).__name__}, which keeps {', '.join(self.slots)}"
+            )
+        self._state = adopted
+        self._initialized = layout is not None
 
     @property
     def learning_rate(self) -> mx.array:

@@ -131,6 +131,10 @@ class Adam(FusedOptimizer):
 
     def _adam_rule(self, weight_decay: float) -> _ext.Rule:
         name = type(self).__name__
+        if not isinstance(self.betas, Sequence):
+            raise TypeError(
+                f"{name} betas should be two numbers, {self.betas!r} was provided instead"
+            )
         return _ext.adam_rule(
             [as_number(f"{name} beta{i + 1}", beta) for i, beta in enumerate(self.betas)],
             as_number(f"{name} epsilon", self.eps),

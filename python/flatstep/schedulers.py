@@ -71,7 +71,7 @@ def exponential_decay(init: float, decay_rate: float) -> Schedule:
         >>> optimizer.learning_rate
         array(0.06561, dtype=float32)
     """
-    _reject_nan("exponential_decay", init=init, decay_rate=decay_rate)
+    _check_numbers("exponential_decay", init=init, decay_rate=decay_rate)
     plain = None
     if _are_numbers(init, decay_rate):
         plain = _ext.exponential_decay(init, decay_rate, 1)
@@ -100,7 +100,7 @@ def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
         >>> optimizer.learning_rate
         array(0.081, dtype=float32)
     """
-    _reject_nan("step_decay", init=init, decay_rate=decay_rate, step_size=step_size)
+    _check_numbers("step_decay", init=init, decay_rate=decay_rate, step_size=step_size)
     function = mlx_optimizers.step_decay(init, decay_rate, step_size)
     plain = None
     if _are_numbers(init, decay_rate) and _is_whole(step_size):
@@ -129,7 +129,7 @@ def cosine_decay(init: float, decay_steps: int, end: float = 0.0) -> Schedule:
         >>> optimizer.learning_rate
         array(0.0999961, dtype=float32)
     """
-    _reject_nan("cosine_decay", init=init, decay_steps=decay_steps, end=end)
+    _check_numbers("cosine_decay", init=init, decay_steps=decay_steps, end=end)
     function = mlx_optimizers.cosine_decay(init, decay_steps, end)
     plain = None
     if _are_numbers(init, end) and _is_whole(decay_steps):
@@ -158,7 +158,7 @@ def linear_schedule(init: float, end: float, steps: int) -> Schedule:
         >>> optimizer.learning_rate
         array(0.1, dtype=float32)
     """
-    _reject_nan("linear_schedule", init=init, end=end, steps=steps)
+    _check_numbers("linear_schedule", init=init, end=end, steps=steps)
     function = mlx_optimizers.linear_schedule(init, end, steps)
     plain = None
     if _are_numbers(init, end) and _is_whole(steps):
@@ -198,6 +198,8 @@ def join_schedules(schedules: list[ScheduleFunction], boundaries: list[int]) -> 
             raise TypeError(
                 f"join_schedules: schedules[{i}] should be callable, {schedule!r} was provided"
             )
+    for i, boundary in enumerate(boundaries):
+        _check_numbers("join_schedules", **{f"boundaries[{i}]": boundary})
     parts = [s._plain if isinstance(s, Schedule) else None for s in schedules]
     known = [part for part in parts if part is not None]
     plain = None
@@ -206,8 +208,12 @@ def join_schedules(schedules: list[ScheduleFunction], boundaries: list[int]) -> 
     return Schedule(join_schedules, (schedules, boundaries), function, plain)
 
 
-def _reject_nan(function: str, **arguments: Any) -> None:
+def _check_numbers(function: str, **arguments: Any) -> None:
     for name, value in arguments.items():
+        if not hasattr(value, "__float__"):
+            raise TypeError(
+                f"{function}: {name} should be a number, {value!r} was provided instead"
+            )
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{function}: {name} should be a number, {value} was provided instead")
 
@@ -217,4 +223,4 @@ def _are_numbers(*values: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value == int(value) and abs(value) < 2**62
+    return _are_numbers(value) and value == int(value) and abs(value) < 2**62

@@ -15,7 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .layout import BUCKET_BYTES, FLOATING, Layout
+from .checks import as_learning_rate, as_step
+from .layout import BUCKET_BYTES, Layout
 from .state_nodes import detached, make_node, write_subtree
 from .trees import FLAT_KEY, merge_trees, trees_equal
 
@@ -37,6 +38,8 @@ class State(dict[Any, Any]):
         state = cls()
         for key, item in value.items():
             dict.__setitem__(state, key, item)
+        if FLAT_KEY in value:
+            state._known_layout = _checked_flat(value[FLAT_KEY])
         return state
 
     # ---- What the optimizers use ----
@@ -111,7 +114,7 @@ class State(dict[Any, Any]):
         if key in skeleton and not dict.__contains__(self, key):
             write_subtree(self, skeleton[key], value, str(key))
         else:
-            dict.__setitem__(self, key, checked_scalar(key, value))
+            dict.__setitem__(self, key, _checked(key, value))
 
     def __delitem__(self, key: Any) -> None:
         if dict.__contains__(self, key) and key != FLAT_KEY:
@@ -204,14 +207,23 @@ class State(dict[Any, Any]):
         return key, self.pop(key)
 
 
-def checked_scalar(key: Any, value: Any) -> Any:
+def _checked(key: Any, value: Any) -> Any:
     """``step`` and ``learning_rate`` as the kernels read them; any other entry as it is."""
     if key == "step":
-        if isinstance(value, mx.array):
-            return value if value.dtype == mx.uint64 else value.astype(mx.uint64)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**64:
-            raise ValueError(f"step should be a whole number >= 0, {value!r} was provided instead")
-        return mx.array(value, mx.uint64)
-    if key == "learning_rate" and isinstance(value, mx.array) and value.dtype in FLOATING:
-        return value if value.dtype == mx.float32 else value.astype(mx.float32)
-    return value
+        return as_step(value)
+    return as_learning_rate(value) if key == "learning_rate" else value
+
+
+def _checked_flat(flat: Any) -> Layout:
+    """The layout of a reserved entry. Raises ValueError when that is none that flatstep made."""
+    try:
+        layout = Layout.from_text(flat[LAYOUT_KEY])
+        for slot in layout.slots:
+            shapes = [tuple(array.shape) for array in flat[slot]]
+            if shapes != layout.bucket_shapes:
+                raise ValueError(f"{slot} has arrays of shapes {shapes}")
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the state's entry {FLAT_KEY!r} is not what an optimizer of flatstep returned: {error}"
+        ) from error
+    return layout

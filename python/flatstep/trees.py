@@ -25,7 +25,7 @@ def merge_trees(
     values: list[list[mx.array | None]] = []
 
     def add_leaf(keys: tuple[Any, ...], parameter: mx.array | None, held: Any) -> int:
-        held = held if isinstance(held, dict) else {}
+        held = _checked_leaf_state(keys, held, slots)
         first = next((held[slot] for slot in slots if slot in held), None)
         source = parameter if parameter is not None else first
         assert source is not None
@@ -35,9 +35,8 @@ def merge_trees(
                 f"{spec.path}: parameter has dtype {source.dtype}; float32, float16 and bfloat16 "
                 "are supported"
             )
-        for slot in slots:
-            if slot in held:
-                check_leaf_state(f"{spec.path}.{slot}", held[slot], spec.shape)
+        for slot in held:
+            check_leaf_state(f"{spec.path}.{slot}", held[slot], spec.shape)
         leaves.append(spec)
         values.append([held.get(slot) for slot in slots])
         return len(leaves) - 1
@@ -89,6 +88,21 @@ def merge_trees(
     return merge((), parameters, inner), leaves, values
 
 
+def _checked_leaf_state(
+    keys: tuple[Any, ...], held: Any, slots: Sequence[str]
+) -> dict[str, mx.array]:
+    """The arrays that a state has for a leaf: all of the slots, or none."""
+    path = ".".join(map(str, keys))
+    if held is None:
+        return {}
+    if not isinstance(held, dict):
+        raise TypeError(f"{path}: state should be a dict of arrays, found {type(held).__name__}")
+    missing = [slot for slot in slots if slot not in held]
+    if held and missing:
+        raise ValueError(f"{path}: state has {', '.join(held)} but not {', '.join(missing)}")
+    return {slot: held[slot] for slot in slots if held}
+
+
 def _is_leaf_state(node: Any, slots: Sequence[str]) -> bool:
     return bool(node) and all(isinstance(node.get(slot), mx.array) for slot in slots)
 
@@ -104,7 +118,10 @@ def _has_state(node: Any, slots: Sequence[str]) -> bool:
     return False
 
 
-def check_leaf_state(path: str, value: mx.array, shape: tuple[int, ...]) -> None:
+def check_leaf_state(path: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError, naming the path, when `value` is not state for `shape`."""
+    if not isinstance(value, mx.array):
+        raise TypeError(f"{path}: state should be an mlx.core.array, found {type(value).__name__}")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
             f"{path}: state of shape {tuple(value.shape)} does not match parameter {tuple(shape)}"
@@ -143,13 +160,17 @@ def matching_part(gradients: Any, parameters: Any, path: str = "") -> Any:
     for key, child in items:
         here = f"{path}.{key}" if path else str(key)
         try:
-            result[key] = matching_part(child, parameters[key], here)
-        except (KeyError, IndexError):
+            if not isinstance(parameters, (dict, list, tuple)):
+                raise KeyError(key)
+            parameter = parameters[key]
+        except (KeyError, IndexError, TypeError):
             if tree_flatten(child):
                 raise ValueError(
                     f"{here}: there is a gradient but no parameter of this name"
                 ) from None
             result[key] = child
+        else:
+            result[key] = matching_part(child, parameter, here)
     if isinstance(gradients, dict):
         return result
     return (
