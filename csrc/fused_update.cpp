@@ -1,6 +1,8 @@
 #include "fused_update.h"
 
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
@@ -8,7 +10,6 @@
 #include "backend/backend.h"
 #include "dtypes.h"
 #include "mlx/allocator.h"
-#include "mlx/ops.h"
 #include "mlx/stream.h"
 #include "mlx/utils.h"
 
@@ -57,14 +58,14 @@ void require(bool ok, const char* message) {
 }
 
 void check(const BucketPlan& plan, const Rule& rule, bool has_schedule, const UpdateInputs& in) {
-  size_t n = plan.segments.size();
+  require(!plan.segments.empty(), "there should be a parameter to update.");
   require(in.step.size() == 1 && in.step.dtype() == mx::uint64, "step should be a uint64 scalar.");
   require(
       has_schedule || (in.learning_rate && in.learning_rate->size() == 1 &&
                        in.learning_rate->dtype() == mx::float32),
       "learning_rate should be a float32 scalar.");
   require(
-      n == 0 || in.state.size() == static_cast<size_t>(rule.num_slots()),
+      in.state.size() == static_cast<size_t>(rule.num_slots()),
       "there should be a state array for each slot of the rule.");
   for (const Segment& segment : plan.segments) {
     require(
@@ -114,67 +115,35 @@ UpdateOutputs fused_update(
     const Rule& rule,
     std::shared_ptr<const Schedule> schedule,
     UpdateInputs in,
-    bool advances,
     mx::StreamOrDevice s) {
   check(*plan, rule, schedule != nullptr, in);
   auto stream = mx::to_stream(s);
   require_backend(stream.device);
 
-  bool has_segments = !plan->segments.empty();
-  auto node = std::make_shared<FusedUpdate>(stream, plan, rule, schedule, advances);
+  auto node = std::make_shared<FusedUpdate>(stream, plan, rule, schedule);
   std::vector<mx::array> inputs;
-  inputs.reserve(2 + in.state.size() + 2 * plan->segments.size());
+  inputs.reserve(node->first_gradient_input() + node->num_segments());
   if (node->reads_step()) {
-    inputs.push_back(in.step);
+    inputs.push_back(std::move(in.step));
   }
   if (!schedule) {
     inputs.push_back(std::move(*in.learning_rate));
   }
-  std::vector<mx::Shape> shapes;
-  std::vector<mx::Dtype> dtypes;
-  if (has_segments) {
-    shapes.push_back(plan->p_shape());
-    dtypes.push_back(plan->dtype);
-    for (auto& state : in.state) {
-      shapes.push_back(state.shape());
-      dtypes.push_back(state.dtype());
-      inputs.push_back(std::move(state));
+  std::vector<mx::Shape> shapes{plan->p_shape()};
+  std::vector<mx::Dtype> dtypes{plan->dtype};
+  for (auto& state : in.state) {
+    shapes.push_back(state.shape());
+    dtypes.push_back(state.dtype());
+    inputs.push_back(std::move(state));
+  }
+  for (auto* leaves : {&in.parameters, &in.gradients}) {
+    for (const Segment& segment : plan->segments) {
+      inputs.push_back(std::move((*leaves)[segment.position]));
     }
-    for (auto* leaves : {&in.parameters, &in.gradients}) {
-      for (const Segment& segment : plan->segments) {
-        inputs.push_back(std::move((*leaves)[segment.position]));
-      }
-    }
-  }
-  if (node->gives_step()) {
-    shapes.push_back({});
-    dtypes.push_back(mx::uint64);
-  }
-  if (node->gives_learning_rate()) {
-    shapes.push_back({});
-    dtypes.push_back(mx::float32);
-  }
-
-  UpdateOutputs result;
-  if (advances && !node->gives_step()) {
-    result.step = mx::add(in.step, mx::array(uint64_t(1)), stream);
-  }
-  if (shapes.empty()) {
-    return result;
   }
   auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
-  if (has_segments) {
-    result.parameters = std::move(outputs[0]);
-    for (size_t k = 0; k < node->num_state_arrays(); ++k) {
-      result.state.push_back(std::move(outputs[node->first_state_output() + k]));
-    }
-  }
-  if (node->gives_step()) {
-    result.step = std::move(outputs[node->step_output()]);
-  }
-  if (node->gives_learning_rate()) {
-    result.learning_rate = std::move(outputs[node->learning_rate_output()]);
-  }
+  UpdateOutputs result{std::move(outputs[0]), {}};
+  std::move(outputs.begin() + 1, outputs.end(), std::back_inserter(result.state));
   return result;
 }
 
@@ -184,37 +153,29 @@ void FusedUpdate::place_outputs(
   auto num_outputs = static_cast<long>(outputs.size());
   auto fresh = [](mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); };
 
-  if (num_segments() > 0) {
-    const mx::array* parameters = &inputs[first_parameter_input()];
-    bool in_place = lie_in_one_buffer(*plan_, parameters);
-    if (in_place && !are_ours_alone(*plan_, parameters, num_outputs)) {
-      settle();
-      in_place = are_ours_alone(*plan_, parameters, num_outputs);
-    }
-    if (in_place) {
-      share_whole(parameters[0], outputs[0]);
-      ++counters().parameters_in_place;
+  const mx::array* parameters = &inputs[first_parameter_input()];
+  bool in_place = lie_in_one_buffer(*plan_, parameters);
+  if (in_place && !are_ours_alone(*plan_, parameters, num_outputs)) {
+    settle();
+    in_place = are_ours_alone(*plan_, parameters, num_outputs);
+  }
+  if (in_place) {
+    share_whole(parameters[0], outputs[0]);
+    ++counters().parameters_in_place;
+  } else {
+    fresh(outputs[0]);
+    ++counters().parameters_fresh;
+  }
+  for (size_t k = 0; k < num_slots(); ++k) {
+    const mx::array& in = inputs[first_state_input() + k];
+    mx::array& out = outputs[1 + k];
+    if (is_ours_alone(in, num_outputs)) {
+      share_whole(in, out);
+      ++counters().state_in_place;
     } else {
-      fresh(outputs[0]);
-      ++counters().parameters_fresh;
+      fresh(out);
+      ++counters().state_fresh;
     }
-    for (size_t k = 0; k < num_state_arrays(); ++k) {
-      const mx::array& in = inputs[first_state_input() + k];
-      mx::array& out = outputs[first_state_output() + k];
-      if (is_ours_alone(in, num_outputs)) {
-        share_whole(in, out);
-        ++counters().state_in_place;
-      } else {
-        fresh(out);
-        ++counters().state_fresh;
-      }
-    }
-  }
-  if (gives_step()) {
-    fresh(outputs[step_output()]);
-  }
-  if (gives_learning_rate()) {
-    fresh(outputs[learning_rate_output()]);
   }
 }
 
@@ -232,14 +193,10 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx:
 }
 
 std::vector<mx::Shape> FusedUpdate::output_shapes(const std::vector<mx::array>& inputs) {
-  std::vector<mx::Shape> shapes;
-  if (num_segments() > 0) {
-    shapes.push_back(plan_->p_shape());
-    for (size_t k = 0; k < num_state_arrays(); ++k) {
-      shapes.push_back(inputs[first_state_input() + k].shape());
-    }
+  std::vector<mx::Shape> shapes{plan_->p_shape()};
+  for (size_t k = 0; k < num_slots(); ++k) {
+    shapes.push_back(inputs[first_state_input() + k].shape());
   }
-  shapes.insert(shapes.end(), size_t(gives_step()) + size_t(gives_learning_rate()), mx::Shape{});
   return shapes;
 }
 

@@ -26,20 +26,16 @@ struct UpdateInputs {
 };
 
 struct UpdateOutputs {
-  std::optional<mx::array> parameters;  // flat; none for a plan without segments
+  mx::array parameters;  // flat
   std::vector<mx::array> state;
-  std::optional<mx::array> step;
-  std::optional<mx::array> learning_rate;  // only with a schedule
 };
 
-// Adds the step to the graph. With `advances` it gives the next step and, where there is a
-// schedule, the learning rate as well; one bucket of a step does. Throws std::invalid_argument.
+// Adds the update of a bucket to the graph. Throws std::invalid_argument.
 UpdateOutputs fused_update(
     std::shared_ptr<const BucketPlan> plan,
     const Rule& rule,
     std::shared_ptr<const Schedule> schedule,
     UpdateInputs inputs,
-    bool advances,
     mx::StreamOrDevice s = {});
 
 // True when the parameters are the segments of one buffer, in their places, and that buffer is
@@ -61,13 +57,8 @@ class FusedUpdate : public mx::Primitive {
       mx::Stream stream,
       std::shared_ptr<const BucketPlan> plan,
       const Rule& rule,
-      std::shared_ptr<const Schedule> schedule,
-      bool advances)
-      : mx::Primitive(stream),
-        plan_(std::move(plan)),
-        rule_(rule),
-        schedule_(std::move(schedule)),
-        advances_(advances) {
+      std::shared_ptr<const Schedule> schedule)
+      : mx::Primitive(stream), plan_(std::move(plan)), rule_(rule), schedule_(std::move(schedule)) {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
@@ -90,7 +81,8 @@ class FusedUpdate : public mx::Primitive {
     return schedule_;
   }
 
-  // Where each input and output stands in the flat lists that MLX passes around.
+  // Where each input stands in the flat list that MLX passes around. The outputs are the flat
+  // parameters, then the state.
   size_t num_slots() const {
     return static_cast<size_t>(rule_.num_slots());
   }
@@ -101,12 +93,6 @@ class FusedUpdate : public mx::Primitive {
   bool reads_step() const {
     return schedule_ || rule_.values.bias_correction;
   }
-  bool gives_step() const {
-    return advances_ && reads_step();
-  }
-  bool gives_learning_rate() const {
-    return advances_ && schedule_;
-  }
   size_t learning_rate_input() const {
     return reads_step() ? 1 : 0;
   }
@@ -114,22 +100,10 @@ class FusedUpdate : public mx::Primitive {
     return learning_rate_input() + (schedule_ ? 0 : 1);
   }
   size_t first_parameter_input() const {
-    return first_state_input() + num_state_arrays();
+    return first_state_input() + num_slots();
   }
   size_t first_gradient_input() const {
     return first_parameter_input() + num_segments();
-  }
-  size_t num_state_arrays() const {
-    return num_segments() > 0 ? num_slots() : 0;
-  }
-  size_t first_state_output() const {
-    return num_segments() > 0 ? 1 : 0;
-  }
-  size_t step_output() const {
-    return first_state_output() + num_state_arrays();
-  }
-  size_t learning_rate_output() const {
-    return step_output() + 1;
   }
 
  private:
@@ -142,7 +116,6 @@ class FusedUpdate : public mx::Primitive {
   std::shared_ptr<const BucketPlan> plan_;
   Rule rule_;
   std::shared_ptr<const Schedule> schedule_;
-  bool advances_;
 };
 
 }  // namespace flatstep

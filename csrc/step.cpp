@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include "advance.h"
 #include "view.h"
 
 namespace flatstep {
@@ -15,36 +16,21 @@ StepResult update_leaves(
     mx::array step,
     std::optional<mx::array> learning_rate,
     mx::StreamOrDevice s) {
-  auto plans = layout.plan(leaves);
-  if (plans->empty()) {
-    static const auto no_segments = std::make_shared<const BucketPlans>(
-        BucketPlans{std::make_shared<const BucketPlan>(BucketPlan{0, mx::float32})});
-    plans = no_segments;
-  }
+  NextStep next = advance(step, schedule, s);
   std::vector<std::optional<mx::array>> updated(leaves.size());
-  std::optional<mx::array> next_step, next_learning_rate;
-  for (size_t i = 0; i < plans->size(); ++i) {
-    const auto& plan = (*plans)[i];
+  auto plans = layout.plan(leaves);
+  for (const auto& plan : *plans) {
     UpdateInputs in{step, learning_rate, {}, parameters, gradients};
-    if (!plan->segments.empty()) {
-      for (int slot = 0; slot < rule.num_slots(); ++slot) {
-        in.state.push_back(std::move(state[slot][plan->bucket]));
-      }
+    for (int slot = 0; slot < rule.num_slots(); ++slot) {
+      in.state.push_back(std::move(state[slot][plan->bucket]));
     }
-    bool advances = i == 0;
-    auto out = fused_update(plan, rule, schedule, std::move(in), advances, s);
+    auto out = fused_update(plan, rule, schedule, std::move(in), s);
     for (size_t slot = 0; slot < out.state.size(); ++slot) {
       state[slot][plan->bucket] = std::move(out.state[slot]);
     }
-    if (advances) {
-      next_step = std::move(out.step);
-      next_learning_rate = std::move(out.learning_rate);
-    }
-    if (out.parameters) {
-      auto leaf_views = views(*out.parameters, plan->views, s);
-      for (size_t k = 0; k < leaf_views.size(); ++k) {
-        updated[plan->segments[k].position] = std::move(leaf_views[k]);
-      }
+    auto leaf_views = views(out.parameters, plan->views, s);
+    for (size_t k = 0; k < leaf_views.size(); ++k) {
+      updated[plan->segments[k].position] = std::move(leaf_views[k]);
     }
   }
   std::vector<mx::array> result;
@@ -52,8 +38,7 @@ StepResult update_leaves(
   for (auto& leaf : updated) {
     result.push_back(std::move(*leaf));
   }
-  return {
-      std::move(result), std::move(state), std::move(*next_step), std::move(next_learning_rate)};
+  return {std::move(result), std::move(state), std::move(next.step), std::move(next.learning_rate)};
 }
 
 StepResult update_single(

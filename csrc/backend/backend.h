@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "advance.h"
 #include "fused_update.h"
 
 namespace flatstep {
@@ -16,5 +17,11 @@ void cpu_fused_update(
     FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
 void gpu_fused_update(
     FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
+
+// Both write the next step and, with a schedule, the learning rate, to outputs with fresh memory.
+void cpu_advance(
+    Advance& advance, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
+void gpu_advance(
+    Advance& advance, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
 
 }  // namespace flatstep

@@ -127,9 +127,7 @@ struct Job {
   std::vector<Input> parameters;
   std::vector<Input> gradients;
   std::vector<Slot> slots;
-  std::vector<Output> p_out;  // one or none
-  uint64_t* step_out{nullptr};
-  float* learning_rate_out{nullptr};
+  std::vector<Output> p_out;  // one
 };
 
 struct StepConstants {
@@ -215,16 +213,7 @@ void clear_gaps(const Output& out, const std::vector<Range>& used, size_t end) {
 void run(const Job& job) {
   uint64_t step = job.step ? *job.step : 0;
   float learning_rate = job.schedule ? schedule_value(*job.schedule, step) : *job.learning_rate;
-  if (job.step_out) {
-    *job.step_out = step + 1;
-  }
-  if (job.learning_rate_out) {
-    *job.learning_rate_out = learning_rate;
-  }
   const auto& segments = job.plan->segments;
-  if (segments.empty()) {
-    return;
-  }
   for (const Slot& slot : job.slots) {
     if (!slot.in_place) {
       carry_untouched(job, slot);
@@ -300,32 +289,39 @@ void cpu_fused_update(
   if (!job->schedule) {
     job->learning_rate = inputs[update.learning_rate_input()].data<float>();
   }
-  if (update.gives_step()) {
-    job->step_out = outputs[update.step_output()].data<uint64_t>();
-  }
-  if (update.gives_learning_rate()) {
-    job->learning_rate_out = outputs[update.learning_rate_output()].data<float>();
-  }
   size_t n = update.num_segments();
-  if (n > 0) {
-    job->p_out.emplace_back(outputs[0]);
-    job->parameters.reserve(n);
-    job->gradients.reserve(n);
-    for (size_t i = 0; i < n; ++i) {
-      job->parameters.emplace_back(inputs[update.first_parameter_input() + i]);
-      job->gradients.emplace_back(inputs[update.first_gradient_input() + i]);
-    }
-    for (size_t k = 0; k < update.num_state_arrays(); ++k) {
-      const mx::array& in = inputs[update.first_state_input() + k];
-      mx::array& out = outputs[update.first_state_output() + k];
-      bool in_place = in.data_shared_ptr() == out.data_shared_ptr();
-      job->slots.push_back({Input(in), Output(out), in_place});
-    }
-    bool p_in_place =
-        inputs[update.first_parameter_input()].data_shared_ptr() == outputs[0].data_shared_ptr();
-    clear_fresh_gaps(*job, p_in_place, outputs);
+  job->p_out.emplace_back(outputs[0]);
+  job->parameters.reserve(n);
+  job->gradients.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
+    job->parameters.emplace_back(inputs[update.first_parameter_input() + i]);
+    job->gradients.emplace_back(inputs[update.first_gradient_input() + i]);
   }
+  for (size_t k = 0; k < update.num_slots(); ++k) {
+    const mx::array& in = inputs[update.first_state_input() + k];
+    mx::array& out = outputs[1 + k];
+    bool in_place = in.data_shared_ptr() == out.data_shared_ptr();
+    job->slots.push_back({Input(in), Output(out), in_place});
+  }
+  bool p_in_place =
+      inputs[update.first_parameter_input()].data_shared_ptr() == outputs[0].data_shared_ptr();
+  clear_fresh_gaps(*job, p_in_place, outputs);
   mx::cpu::get_command_encoder(update.stream()).dispatch([job] { run(*job); });
+}
+
+void cpu_advance(
+    Advance& advance, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  const uint64_t* step = inputs[0].data<uint64_t>();
+  uint64_t* next = outputs[0].data<uint64_t>();
+  auto schedule = advance.schedule();
+  float* learning_rate = schedule ? outputs[1].data<float>() : nullptr;
+  auto& encoder = mx::cpu::get_command_encoder(advance.stream());
+  encoder.dispatch([step, next, schedule = std::move(schedule), learning_rate] {
+    if (schedule) {
+      *learning_rate = schedule_value(*schedule, *step);
+    }
+    *next = *step + 1;
+  });
 }
 
 }  // namespace flatstep

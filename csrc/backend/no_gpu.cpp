@@ -21,4 +21,8 @@ void gpu_fused_update(FusedUpdate&, const std::vector<mx::array>&, std::vector<m
   throw std::runtime_error(kMessage);
 }
 
+void gpu_advance(Advance&, const std::vector<mx::array>&, std::vector<mx::array>&) {
+  throw std::runtime_error(kMessage);
+}
+
 }  // namespace flatstep
