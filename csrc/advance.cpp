@@ -1,15 +1,15 @@
 #include "advance.h"
 
+#include "allocate.h"
 #include "backend/backend.h"
-#include "mlx/allocator.h"
 
 namespace flatstep {
 
 namespace {
 
-void allocate(std::vector<mx::array>& outputs) {
+void allocate_all(std::vector<mx::array>& outputs) {
   for (mx::array& out : outputs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(out);
   }
 }
 
@@ -34,12 +34,12 @@ NextStep advance(
 }
 
 void Advance::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate(outputs);
+  allocate_all(outputs);
   cpu_advance(*this, inputs, outputs);
 }
 
 void Advance::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate(outputs);
+  allocate_all(outputs);
   gpu_advance(*this, inputs, outputs);
 }
 

@@ -6,10 +6,10 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "allocate.h"
 #include "array_uses.h"
 #include "backend/backend.h"
 #include "dtypes.h"
-#include "mlx/allocator.h"
 #include "mlx/stream.h"
 #include "mlx/utils.h"
 
@@ -151,8 +151,6 @@ template <typename Settle>
 void FusedUpdate::place_outputs(
     const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Settle&& settle) const {
   auto num_outputs = static_cast<long>(outputs.size());
-  auto fresh = [](mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); };
-
   const mx::array* parameters = &inputs[first_parameter_input()];
   bool in_place = lie_in_one_buffer(*plan_, parameters);
   if (in_place && !are_ours_alone(*plan_, parameters, num_outputs)) {
@@ -163,7 +161,7 @@ void FusedUpdate::place_outputs(
     share_whole(parameters[0], outputs[0]);
     ++counters().parameters_in_place;
   } else {
-    fresh(outputs[0]);
+    allocate(outputs[0]);
     ++counters().parameters_fresh;
   }
   for (size_t k = 0; k < num_slots(); ++k) {
@@ -173,7 +171,7 @@ void FusedUpdate::place_outputs(
       share_whole(in, out);
       ++counters().state_in_place;
     } else {
-      fresh(out);
+      allocate(out);
       ++counters().state_fresh;
     }
   }

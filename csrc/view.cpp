@@ -64,7 +64,7 @@ std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamO
 }
 
 void View::eval(const mx::array& flat, std::vector<mx::array>& outputs) {
-  // State that no step has touched yet is mx.zeros: one element, broadcast.
+  // State that no step has touched yet is one zero, broadcast.
   bool is_one_element = flat.size() > 1 && flat.data_size() == 1;
   if (!is_one_element && !flat.flags().row_contiguous) {
     throw std::runtime_error("[view] the flat array is not contiguous.");

@@ -5,9 +5,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from .layout import name_of
+
 
 def as_number(name: str, value: Any) -> float:
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} should be a number, {value!r} was provided instead") from None
@@ -19,7 +23,7 @@ def as_learning_rate(value: Any) -> mx.array:
         if value.size != 1 or value.dtype == mx.complex64:
             raise ValueError(
                 f"learning_rate should be one real number, an array of shape {tuple(value.shape)} "
-                f"and {value.dtype} was provided instead"
+                f"and {name_of(value.dtype)} was provided instead"
             )
         if value.dtype == mx.float32 and value.ndim == 0:
             return value
@@ -35,10 +39,12 @@ def as_step(value: Any) -> mx.array:
         if value.size != 1 or not mx.issubdtype(value.dtype, mx.integer):
             raise ValueError(
                 f"step should be one whole number, an array of shape {tuple(value.shape)} and "
-                f"{value.dtype} was provided instead"
+                f"{name_of(value.dtype)} was provided instead"
             )
         if value.dtype == mx.uint64 and value.ndim == 0:
             return value
+        if mx.issubdtype(value.dtype, mx.signedinteger):
+            return as_step(value.tolist())
         return value.astype(mx.uint64).reshape(())
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
         raise ValueError(f"step should be a whole number >= 0, {value!r} was provided instead")

@@ -8,7 +8,7 @@ from mlx.optimizers import Optimizer
 
 from . import _ext
 from .checks import as_learning_rate, as_step
-from .layout import FLOATING, Layout, Segment
+from .layout import FLOATING, Layout, Segment, name_of, unsupported
 from .schedulers import plain_schedule
 from .state import State
 from .trees import arrays_of, matching_part
@@ -47,7 +47,7 @@ class FusedOptimizer(Optimizer):
             )
         self._state = State(self._state)
         # By name: an mx.Dtype can be neither copied nor pickled.
-        self._state_dtype_name = str(state_dtype or mx.float32).rsplit(".", 1)[-1]
+        self._state_dtype_name = name_of(state_dtype or mx.float32)
         self._maybe_schedule("learning_rate", learning_rate)
 
     def rule(self) -> _ext.Rule:
@@ -88,7 +88,7 @@ class FusedOptimizer(Optimizer):
             super().init(parameters)
             return
         state = self._usable_state()
-        state.set_flat(*state.make_flat(parameters, self.slots, self._state_dtype))
+        state.commit(*state.make_flat(parameters, self.slots, self._state_dtype), {})
         self._initialized = True
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
@@ -141,12 +141,10 @@ class FusedOptimizer(Optimizer):
             assert result is not None
         updated, slots, step, learning_rate = result
 
-        for name, value in scheduled.items():
-            dict.__setitem__(state, name, value)
-        dict.__setitem__(state, "step", step)
+        scalars = {**scheduled, "step": step}
         if learning_rate is not None:
-            dict.__setitem__(state, "learning_rate", learning_rate)
-        state.set_flat(layout, {**flat, **dict(zip(self.slots, slots, strict=False))})
+            scalars["learning_rate"] = learning_rate
+        state.commit(layout, {**flat, **dict(zip(self.slots, slots, strict=False))}, scalars)
         self._initialized = True
         return updated
 
@@ -295,10 +293,7 @@ class FusedOptimizer(Optimizer):
                     f"and as long as the parameter {tuple(parameter.shape)}"
                 )
             if array.dtype not in FLOATING:
-                raise TypeError(
-                    f"flat_update: {name} has dtype {array.dtype}; float32, float16 and bfloat16 "
-                    "are supported"
-                )
+                raise unsupported(f"flat_update: {name}", array.dtype)
         count = as_step(step)
         plain = None
         if learning_rate is None:
@@ -388,7 +383,7 @@ class FusedOptimizer(Optimizer):
             )
         for key in ("step", "learning_rate"):
             if key not in state:
-                raise ValueError(f"optimizer.state has no {key!r}; it was set to {state!r}")
+                raise ValueError(f"optimizer.state has no {key!r}; it was set to {list(state)}")
         return state
 
     def _plain_state(self) -> Any:

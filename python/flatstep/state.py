@@ -59,26 +59,24 @@ class State(dict[Any, Any]):
         arrays: list[mx.array] = dict.__getitem__(self, FLAT_KEY)[slot]
         return arrays
 
-    def set_flat(self, layout: Layout, arrays: dict[str, list[mx.array]]) -> None:
-        """Makes these flat arrays the state of all of the layout's leaves."""
+    def commit(
+        self, layout: Layout, arrays: dict[str, list[mx.array]], scalars: dict[str, mx.array]
+    ) -> None:
+        """Makes these flat arrays the state of all of the layout's leaves, with these scalars.
+
+        In one call that no Ctrl-C can interrupt: a state is never half a step ahead.
+        """
         self._known_layout = layout
+        dict.update(self, {**scalars, FLAT_KEY: {LAYOUT_KEY: layout.text, **arrays}})
         for key in layout.skeleton:
             dict.pop(self, key, None)
-        flat = {LAYOUT_KEY: layout.text, **arrays}
-        if FLAT_KEY in self._storage_keys():
-            # mx.compile captures containers by identity: keep them, replace what they hold.
-            held = dict.__getitem__(self, FLAT_KEY)
-            held.clear()
-            held.update(flat)
-        else:
-            dict.__setitem__(self, FLAT_KEY, flat)
 
     def make_flat(
         self, parameters: Any, slots: Sequence[str], dtype: mx.Dtype
     ) -> tuple[Layout, dict[str, list[mx.array]]]:
         """The layout and flat arrays for `parameters` and all leaves that the state has already.
 
-        Nothing is changed: the caller hands the result to ``set_flat``.
+        Nothing is changed: the caller hands the result to ``commit``.
         """
         skeleton, leaves, values = merge_trees(self._tree(), parameters, slots)
         layout = Layout(skeleton, leaves, slots, BUCKET_BYTES)
@@ -86,9 +84,6 @@ class State(dict[Any, Any]):
             slot: layout.pack([value[i] for value in values], dtype) for i, slot in enumerate(slots)
         }
         return layout, arrays
-
-    def _storage_keys(self) -> Sequence[Any]:
-        return list(dict.keys(self))
 
     def _tree(self) -> dict[Any, Any]:
         """The tree as plain dicts, lists and tuples, with the leaves as views."""
@@ -105,13 +100,12 @@ class State(dict[Any, Any]):
         return layout.skeleton if layout else {}
 
     def __getitem__(self, key: Any) -> Any:
-        if dict.__contains__(self, key):
-            return dict.__getitem__(self, key)
-        return make_node(self, self._skeleton()[key])
+        skeleton = self._skeleton()
+        return make_node(self, skeleton[key]) if key in skeleton else dict.__getitem__(self, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         skeleton = self._skeleton()
-        if key in skeleton and not dict.__contains__(self, key):
+        if key in skeleton:
             write_subtree(self, skeleton[key], value, str(key))
         else:
             dict.__setitem__(self, key, _checked(key, value))

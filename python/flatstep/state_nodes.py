@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ import mlx.core as mx
 from .trees import check_leaf_state, trees_equal
 
 if TYPE_CHECKING:
+    from .layout import Layout
     from .state import State
 
 
@@ -47,7 +48,7 @@ class Node(dict[Any, Any]):
                 raise KeyError(f"{key}: the optimizer was not initialised with this parameter")
             write_subtree(self._state, self._place[key], value, str(key))
         else:
-            write_slot(self._state, self._place, key, value)
+            write_subtree(self._state, self._place, {key: value}, str(key))
         self._refresh()
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -130,31 +131,46 @@ def detached(node: Any) -> Any:
 
 
 def write_subtree(state: State, skeleton: Any, value: Any, path: str) -> None:
-    """Assigns a subtree: every leaf below `skeleton` takes the slots that `value` has for it."""
+    """Assigns a subtree: every leaf below `skeleton` takes the slots that `value` has for it.
+
+    All of it is checked before any of it is written.
+    """
+    layout = state.layout
+    assert layout is not None
+    for leaf, slot, array in list(_assignments(layout, skeleton, value, path)):
+        layout.write_leaf(state.flat_arrays(slot), leaf, array)
+
+
+def _assignments(
+    layout: Layout, skeleton: Any, value: Any, path: str
+) -> Iterator[tuple[int, str, mx.array]]:
+    """(leaf, slot, array) for each array that `value` assigns. Raises errors that name the path."""
     if isinstance(skeleton, int):
+        spec = layout.leaves[skeleton]
         if not isinstance(value, dict):
-            raise TypeError(f"{path}: state should be a dict of arrays, {value!r} was assigned")
+            raise TypeError(
+                f"{spec.path}: state should be a dict of arrays, {value!r} was assigned"
+            )
         for slot, array in value.items():
-            write_slot(state, skeleton, slot, array, path)
+            if slot not in layout.slots:
+                raise KeyError(
+                    f"{spec.path}.{slot}: this optimizer keeps {', '.join(layout.slots)}"
+                )
+            check_leaf_state(f"{spec.path}.{slot}", array, spec.shape)
+            yield skeleton, slot, array
     elif isinstance(skeleton, dict):
+        if not isinstance(value, dict):
+            raise TypeError(f"{path}: a dict is needed here, {value!r} was assigned")
         for key, child in value.items():
             if key not in skeleton:
                 raise KeyError(f"{path}.{key}: the optimizer was not initialised with this name")
-            write_subtree(state, skeleton[key], child, f"{path}.{key}")
+            yield from _assignments(layout, skeleton[key], child, f"{path}.{key}")
     else:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{path}: a list is needed here, {value!r} was assigned")
         if len(value) != len(skeleton):
-            raise ValueError(f"{path}: {len(value)} items were assigned to {len(skeleton)}")
+            raise ValueError(
+                f"{path}: {len(value)} items were assigned where there are {len(skeleton)}"
+            )
         for i, (child, item) in enumerate(zip(skeleton, value, strict=True)):
-            write_subtree(state, child, item, f"{path}.{i}")
-
-
-def write_slot(state: State, leaf: int, slot: Any, value: Any, path: str = "") -> None:
-    layout = state.layout
-    assert layout is not None
-    spec = layout.leaves[leaf]
-    if slot not in layout.slots:
-        raise KeyError(f"{spec.path}.{slot}: this optimizer keeps {', '.join(layout.slots)}")
-    if not isinstance(value, mx.array):
-        value = mx.array(value)
-    check_leaf_state(f"{spec.path}.{slot}", value, spec.shape)
-    layout.write_leaf(state.flat_arrays(slot), leaf, value)
+            yield from _assignments(layout, child, item, f"{path}.{i}")

@@ -6,11 +6,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from .layout import FLOATING, LeafSpec
+from .layout import FLOATING, LeafSpec, unsupported
 
 # Names that a state has at its top beside those of the parameters.
 FLAT_KEY = "__flatstep__"
 RESERVED = ("step", "learning_rate", FLAT_KEY)
+# In place of a parameter that only the state knows.
+ABSENT = object()
 
 
 def merge_trees(
@@ -31,10 +33,7 @@ def merge_trees(
         assert source is not None
         spec = LeafSpec(keys, tuple(source.shape), source.dtype)
         if source.dtype not in FLOATING:
-            raise TypeError(
-                f"{spec.path}: parameter has dtype {source.dtype}; float32, float16 and bfloat16 "
-                "are supported"
-            )
+            raise unsupported(f"{spec.path}: parameter", source.dtype)
         for slot in held:
             check_leaf_state(f"{spec.path}.{slot}", held[slot], spec.shape)
         leaves.append(spec)
@@ -44,34 +43,36 @@ def merge_trees(
     def merge(keys: tuple[Any, ...], parameter: Any, held: Any) -> Any:
         if isinstance(parameter, mx.array):
             return add_leaf(keys, parameter, held)
-        if isinstance(parameter, dict) or (parameter is None and isinstance(held, dict)):
-            if parameter is None and _is_leaf_state(held, slots):
-                return add_leaf(keys, None, held)
-            ours = parameter or {}
-            theirs = held if isinstance(held, dict) else {}
-            for key in ours:
-                if not isinstance(key, str):
-                    raise TypeError(
-                        f"{'.'.join(map(str, keys)) or 'parameters'}: names should be strings, "
-                        f"{key!r} was found"
-                    )
-            names = list(ours) + [key for key in theirs if key not in ours]
-            return {key: merge((*keys, key), ours.get(key), theirs.get(key)) for key in names}
-        if isinstance(parameter, (list, tuple)) or isinstance(held, (list, tuple)):
-            ours_list = list(parameter or ())
-            held_list = list(held) if isinstance(held, (list, tuple)) else []
-            length = max(len(ours_list), len(held_list))
-            ours_list += [None] * (length - len(ours_list))
-            held_list += [None] * (length - len(held_list))
-            items = [merge((*keys, i), ours_list[i], held_list[i]) for i in range(length)]
-            is_tuple = isinstance(parameter if parameter is not None else held, tuple)
-            return tuple(items) if is_tuple else items
-        if parameter is None:
+        if parameter is ABSENT and _is_leaf_state(held, slots):
+            return add_leaf(keys, None, held)
+        kind = held if parameter is ABSENT else parameter
+        if isinstance(kind, dict):
+            return merge_dicts(keys, kind if parameter is not ABSENT else {}, held)
+        if isinstance(kind, (list, tuple)):
+            ours = list(kind) if parameter is not ABSENT else []
+            theirs = list(held) if isinstance(held, (list, tuple)) else []
+            length = max(len(ours), len(theirs))
+            ours += [ABSENT] * (length - len(ours))
+            theirs += [None] * (length - len(theirs))
+            items = [merge((*keys, i), ours[i], theirs[i]) for i in range(length)]
+            return tuple(items) if isinstance(kind, tuple) else items
+        if parameter is ABSENT:
             return {}
         raise TypeError(
             f"{'.'.join(map(str, keys))}: a parameter should be an mlx.core.array, found "
             f"{type(parameter).__name__}"
         )
+
+    def merge_dicts(keys: tuple[Any, ...], ours: dict[Any, Any], held: Any) -> dict[str, Any]:
+        for key in ours:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"{'.'.join(map(str, keys)) or 'parameters'}: names should be strings, "
+                    f"{key!r} was found"
+                )
+        theirs = held if isinstance(held, dict) else {}
+        names = [*theirs, *(key for key in ours if key not in theirs)]
+        return {key: merge((*keys, key), ours.get(key, ABSENT), theirs.get(key)) for key in names}
 
     if not isinstance(parameters, dict):
         raise TypeError(
@@ -104,7 +105,7 @@ def _checked_leaf_state(
 
 
 def _is_leaf_state(node: Any, slots: Sequence[str]) -> bool:
-    return bool(node) and all(isinstance(node.get(slot), mx.array) for slot in slots)
+    return isinstance(node, dict) and all(isinstance(node.get(slot), mx.array) for slot in slots)
 
 
 def _has_state(node: Any, slots: Sequence[str]) -> bool:
@@ -127,9 +128,7 @@ def check_leaf_state(path: str, value: Any, shape: tuple[int, ...]) -> None:
             f"{path}: state of shape {tuple(value.shape)} does not match parameter {tuple(shape)}"
         )
     if value.dtype not in FLOATING:
-        raise TypeError(
-            f"{path}: state has dtype {value.dtype}; float32, float16 and bfloat16 are supported"
-        )
+        raise unsupported(f"{path}: state", value.dtype)
 
 
 def trees_equal(a: Any, b: Any) -> bool:

@@ -1,0 +1,81 @@
+"""Memory of an update and of a training step, as MLX counts it.
+
+Run as a program it measures one kind of training step in a process of its own, where no cache of
+another kind's memory is in the way: `python peaks.py flatstep eager` prints numbers as JSON.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flatstep
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers
+import numpy as np
+from cases import leaves
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+
+class Memory(NamedTuple):
+    """Bytes held before something ran, at most while it ran, and after it."""
+
+    before: int
+    peak: int
+    after: int
+
+
+def measured(work: Callable[[], Any]) -> Memory:
+    """What `work`, which has to evaluate its results, needs."""
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    work()
+    return Memory(before, mx.get_peak_memory(), mx.get_active_memory())
+
+
+def nbytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in leaves(tree).values())
+
+
+def training_step_memory(module: Any, compiled: bool, steps: int = 4) -> dict[str, int]:
+    """Peak memory of whole training steps, each evaluated at once, of a transformer whose
+    parameters need more memory than its activations."""
+    from transformer import ByteTransformer, loss_fn
+
+    mx.random.seed(0)
+    model = ByteTransformer(dims=512, layers=4, heads=8)
+    optimizer = module.AdamW(1e-3)
+    optimizer.init(model.trainable_parameters())
+    mx.eval(model.parameters(), optimizer.state)
+    state = [model.state, optimizer.state]
+
+    def step(x: mx.array, y: mx.array) -> mx.array:
+        loss, gradients = nn.value_and_grad(model, loss_fn)(model, x, y)
+        optimizer.update(model, gradients)
+        return loss
+
+    if compiled:
+        step = partial(mx.compile, inputs=state, outputs=state)(step)
+    tokens = mx.array(np.random.default_rng(0).integers(0, 256, (1, 33)))
+    mx.eval(tokens)
+
+    def work() -> None:
+        mx.eval(step(tokens[:, :-1], tokens[:, 1:]), model.parameters(), optimizer.state)
+
+    memory = [measured(work) for _ in range(steps)]
+    return {
+        "parameters": nbytes(model.parameters()),
+        "held": memory[-1].after,
+        # The first steps move the parameters to flat memory.
+        "peak": max(m.peak for m in memory[2:]),
+    }
+
+
+if __name__ == "__main__":
+    library, mode = sys.argv[1:]
+    module = {"flatstep": flatstep, "mlx": mlx.optimizers}[library]
+    print(json.dumps(training_step_memory(module, compiled=mode == "compiled")))

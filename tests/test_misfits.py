@@ -1,0 +1,396 @@
+"""Trees that don't fit are named by their path, and nothing has changed afterwards."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flatstep as optim
+import mlx.core as mx
+import mlx.optimizers
+import numpy as np
+import pytest
+from cases import Case, random_array
+from models import assert_trees_equal, every_rule
+from shadow import Run, Shadow, assert_same_bits, bits, copied, fails, replaced
+
+SHAPES = {"w": (3, 4), "layers": [{"weight": (8, 4), "bias": (8,)}, {}], "pair": ((2,), ())}
+WEIGHT = "layers.0.weight"
+
+
+def new_tree(seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return {
+        "w": random_array((3, 4), rng),
+        "layers": [{"weight": random_array((8, 4), rng), "bias": random_array((8,), rng)}, {}],
+        "pair": (random_array((2,), rng), random_array((), rng)),
+    }
+
+
+class Misfit(NamedTuple):
+    """What is wrong with gradients or parameters, and the error that says so."""
+
+    name: str
+    change: Callable[[Any, Any], tuple[Any, Any]]
+    exception: type[Exception] | tuple[type[Exception], ...]
+    parts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def gradient_at(path: str, value: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
+    return lambda gradients, params: (replaced(gradients, {path: value}), params)
+
+
+def parameter_at(path: str, value: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
+    return lambda gradients, params: (gradients, replaced(params, {path: value}))
+
+
+def bad_dtypes() -> Iterator[Misfit]:
+    for dtype in (mx.int32, mx.uint8, mx.bool_, mx.complex64, mx.float64):
+        with mx.stream(mx.cpu):
+            value = mx.array(np.ones((8, 4), np.int32)).astype(dtype)
+        name = str(dtype).removeprefix("mlx.core.")
+        parts = (WEIGHT, name, "float32, float16 and bfloat16")
+        yield Misfit(f"{name} gradient", gradient_at(WEIGHT, value), TypeError, parts)
+        yield Misfit(f"{name} parameter", parameter_at(WEIGHT, value), TypeError, parts)
+
+
+ONES = mx.ones((8, 4))
+MISFITS = [
+    Misfit(
+        "gradient of another shape",
+        gradient_at(WEIGHT, ONES.T),
+        ValueError,
+        (f"{WEIGHT}: gradient (4, 8) does not match parameter (8, 4)",),
+    ),
+    Misfit(
+        "gradient of the same size",
+        gradient_at(WEIGHT, mx.ones((32,))),
+        ValueError,
+        (f"{WEIGHT}: gradient (32,) does not match parameter (8, 4)",),
+    ),
+    Misfit(
+        "gradient for a scalar",
+        gradient_at("pair.1", mx.ones((1,))),
+        ValueError,
+        ("pair.1: gradient (1,) does not match parameter ()",),
+    ),
+    *bad_dtypes(),
+    Misfit(
+        "gradient without parameter",
+        lambda g, p: ({**g, "extra": mx.ones((2,))}, p),
+        ValueError,
+        ("extra: ", "no parameter"),
+    ),
+    Misfit(
+        "gradient without parameter in a list",
+        lambda g, p: ({**g, "layers": [*g["layers"], {"weight": ONES}]}, p),
+        ValueError,
+        ("layers.2", "no parameter"),
+    ),
+    Misfit(
+        "name that is no string",
+        lambda g, p: ({**g, 3: ONES}, {**p, 3: ONES}),
+        (TypeError, ValueError),
+        ("3",),
+    ),
+    Misfit("None for a gradient", gradient_at(WEIGHT, None), TypeError, (WEIGHT, "NoneType")),
+    Misfit("number for a gradient", gradient_at(WEIGHT, 1.0), TypeError, (WEIGHT, "float")),
+    Misfit("string for a gradient", gradient_at("w", "w"), TypeError, ("w: ", "str")),
+    Misfit(
+        "NumPy array for a gradient",
+        gradient_at(WEIGHT, np.ones((8, 4), np.float32)),
+        TypeError,
+        (WEIGHT, "mlx.core.array", "ndarray"),
+    ),
+    Misfit(
+        "NumPy array for a parameter",
+        parameter_at(WEIGHT, np.ones((8, 4), np.float32)),
+        TypeError,
+        (WEIGHT, "mlx.core.array", "ndarray"),
+    ),
+    Misfit("None for a parameter", parameter_at(WEIGHT, None), TypeError, (WEIGHT, "NoneType")),
+    Misfit(
+        "list where the parameters have a dict",
+        lambda g, p: ({**g, "layers": [[ONES, mx.ones((8,))], {}]}, p),
+        ValueError,
+        ("layers.0",),
+    ),
+    Misfit(
+        "dict where the parameters have a list",
+        lambda g, p: ({**g, "layers": {"0": {"weight": ONES}}}, p),
+        ValueError,
+        ("layers",),
+    ),
+    Misfit(
+        "array where the parameters have a dict",
+        lambda g, p: ({**g, "layers": [ONES, {}]}, p),
+        TypeError,
+        ("layers.0", "parameter", "mlx.core.array", "dict"),
+    ),
+    Misfit(
+        "dict where the parameters have an array",
+        lambda g, p: ({**g, "w": {"x": ONES}}, p),
+        ValueError,
+        ("w",),
+    ),
+    Misfit("list of gradients", lambda g, p: ([ONES], p), (TypeError, ValueError), ()),
+    Misfit("list of parameters", lambda g, p: (g, [ONES]), (TypeError, ValueError), ()),
+    Misfit("one array of gradients", lambda g, p: (ONES, p), (TypeError, ValueError), ()),
+    Misfit("no gradients", lambda g, p: (None, p), TypeError, ("a gradient should be",)),
+]
+# These fit each other, but not the tree that the optimizer was initialised with.
+LATE_MISFITS = [
+    Misfit(
+        "parameter of another shape",
+        lambda g, p: (replaced(g, {WEIGHT: ONES.T}), replaced(p, {WEIGHT: ONES.T})),
+        ValueError,
+        (WEIGHT, "(4, 8)", "(8, 4)", "initialised"),
+    ),
+    Misfit(
+        "new parameter",
+        lambda g, p: ({**g, "extra": ONES}, {**p, "extra": ONES}),
+        ValueError,
+        ("extra: ", "init"),
+    ),
+    Misfit(
+        "array that was a subtree",
+        lambda g, p: ({**g, "layers": [ONES]}, {**p, "layers": [ONES]}),
+        ValueError,
+        ("layers.0", "initialised"),
+    ),
+    Misfit(
+        "subtree that was an array",
+        lambda g, p: ({**g, "w": {"x": ONES}}, {**p, "w": {"x": ONES}}),
+        ValueError,
+        ("w",),
+    ),
+]
+
+
+def new_rate() -> Any:
+    return optim.cosine_decay(0.1, 50)
+
+
+def trained(case: Case, compiled: bool = False) -> tuple[Run, Shadow]:
+    run = Run(case.make(optim, new_rate()), new_tree(1), compiled)
+    shadow = Shadow(lambda: case.make(optim, new_rate()), new_tree(1))
+    for seed in (2, 3):
+        run.step(new_tree(seed))
+        shadow.step(new_tree(seed))
+    return run, shadow
+
+
+def assert_it_goes_on(run: Run, shadow: Shadow) -> None:
+    """Nothing has changed, and the next step is what it would have been."""
+    assert_same_bits(run, shadow)
+    run.step(new_tree(5))
+    shadow.step(new_tree(5))
+    assert_same_bits(run, shadow)
+
+
+@pytest.mark.parametrize("misfit", [*MISFITS, *LATE_MISFITS], ids=str)
+@every_rule
+def test_a_step_names_the_misfit_and_changes_nothing(case: Case, misfit: Misfit) -> None:
+    run, shadow = trained(case)
+    gradients, params = misfit.change(new_tree(4), run.params)
+    fails(lambda: run.apply(gradients, params), misfit.exception, *misfit.parts)
+    assert_it_goes_on(run, shadow)
+
+
+@pytest.mark.parametrize("misfit", MISFITS, ids=str)
+@every_rule
+def test_the_first_step_names_the_misfit_and_changes_nothing(case: Case, misfit: Misfit) -> None:
+    optimizer, untouched = (case.make(optim, new_rate()) for _ in range(2))
+    gradients, params = misfit.change(new_tree(4), new_tree(1))
+    fails(lambda: optimizer.apply_gradients(gradients, params), misfit.exception, *misfit.parts)
+    assert optimizer.state == untouched.state and optimizer.layout == []
+    run = Run(optimizer, new_tree(1))
+    shadow = Shadow(lambda: case.make(optim, new_rate()), new_tree(1))
+    assert_it_goes_on(run, shadow)
+
+
+@pytest.mark.parametrize("misfit", [*MISFITS[:5], LATE_MISFITS[0]], ids=str)
+@every_rule
+def test_a_compiled_step_names_the_misfit_too(case: Case, misfit: Misfit) -> None:
+    run, shadow = trained(case, compiled=True)
+    kept = copied(run.optimizer.state)
+    gradients, params = misfit.change(new_tree(4), run.params)
+    fails(lambda: run.apply(gradients, params), misfit.exception, *misfit.parts)
+    # An error inside mx.compile leaves MLX's placeholders in any state that it captures.
+    run.optimizer.state = kept
+    run.use(compiled=True)
+    assert_it_goes_on(run, shadow)
+
+
+BAD_PARAMETERS: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
+    ("list", [ONES], TypeError, ("dict", "list")),
+    ("array", ONES, TypeError, ("dict", "array")),
+    ("integers", {"a": {"b": mx.ones((2,), mx.int32)}}, TypeError, ("a.b", "int32", "bfloat16")),
+    ("NumPy", {"a": [np.ones(2)]}, TypeError, ("a.0", "mlx.core.array", "ndarray")),
+    ("None", {"a": {"b": None}}, TypeError, ("a.b", "mlx.core.array", "NoneType")),
+    ("number", {"a": 1.0}, TypeError, ("a", "mlx.core.array", "float")),
+    ("key", {"a": {3: ONES}}, TypeError, ("a", "string", "3")),
+    ("tuple key", {("a", "b"): ONES}, TypeError, ("string", "('a', 'b')")),
+    ("step", {"step": ONES}, ValueError, ("step", "name")),
+    ("rate", {"learning_rate": {"w": ONES}}, ValueError, ("learning_rate", "name")),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "exception", "parts"), BAD_PARAMETERS)
+@every_rule
+def test_init_names_the_misfit_and_changes_nothing(
+    case: Case, name: str, params: Any, exception: type[Exception], parts: tuple[str, ...]
+) -> None:
+    run, shadow = trained(case)
+    fails(lambda: run.optimizer.init(params), exception, *parts)
+    assert_it_goes_on(run, shadow)
+    optimizer, untouched = (case.make(optim, new_rate()) for _ in range(2))
+    fails(lambda: optimizer.init(params), exception, *parts)
+    assert optimizer.state == untouched.state and optimizer.layout == []
+
+
+def test_a_parameter_named_step_may_lie_deeper() -> None:
+    params = {"inner": {"step": mx.ones((2,)), "learning_rate": mx.ones((3,))}}
+    ours, theirs = optim.AdamW(0.1), mlx.optimizers.AdamW(0.1)
+    got, expected = params, params
+    for _ in range(3):
+        got, expected = ours.apply_gradients(got, got), theirs.apply_gradients(expected, expected)
+    assert mx.allclose(got["inner"]["step"], expected["inner"]["step"])
+    assert ours.step.item() == 3
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@every_rule
+def test_empty_and_scalar_parameters_are_updated(case: Case, compiled: bool) -> None:
+    params: Any = {
+        "none": mx.zeros((0,)),
+        "rows": mx.zeros((0, 5)),
+        "scalar": mx.array(2.0),
+        "one": mx.array([[3.0]]),
+        "bf16": mx.array(1.0, mx.bfloat16),
+        "columns": mx.zeros((5, 0), mx.float16),
+    }
+    for tree in (params, {"none": params["none"]}, {"scalar": params["scalar"]}):
+        run = Run(case.make(optim), tree, compiled)
+        expected, theirs = tree, case.make(mlx.optimizers)
+        for _ in range(3):
+            run.step(run.params)
+            expected = theirs.apply_gradients(expected, expected)
+        for name, value in expected.items():
+            assert (run.params[name].shape, run.params[name].dtype) == (value.shape, value.dtype)
+            assert mx.allclose(run.params[name], value, 1e-2 if name == "bf16" else 1e-5), name
+
+
+# ---- State ----
+
+
+def state_with(path: str, value: Any) -> Callable[[Any], Any]:
+    return lambda state: replaced(state, {path: value})
+
+
+def without(state: Any, *keys: Any) -> Any:
+    """The state with one entry removed."""
+    state = copy.deepcopy(state)
+    node = state
+    for key in keys[:-1]:
+        node = node[key]
+    del node[keys[-1]]
+    return state
+
+
+# Plain trees that somebody loads. Whether they fit can only be known when parameters come.
+BAD_STATES: list[tuple[str, Callable[[Any], Any], type[Exception], tuple[str, ...]]] = [
+    ("shape", state_with(f"{WEIGHT}.v", mx.ones((4, 8))), ValueError, (WEIGHT, "(4, 8)", "(8, 4)")),
+    ("flat", state_with(f"{WEIGHT}.v", mx.ones((32,))), ValueError, (WEIGHT, "(32,)", "(8, 4)")),
+    ("integers", state_with("w.v", mx.ones((3, 4), mx.int32)), TypeError, ("w.v", "int32")),
+    ("NumPy", state_with("w.v", np.ones((3, 4))), TypeError, ("w.v", "ndarray")),
+    ("None", state_with("w.v", None), TypeError, ("w.v", "NoneType")),
+    ("array for slots", lambda state: {**state, "w": ONES}, TypeError, ("w", "dict", "array")),
+    ("a list for a dict", lambda state: {**state, "w": [ONES]}, TypeError, ("w", "dict", "list")),
+    ("no step", lambda state: without(state, "step"), ValueError, ("step",)),
+    ("no rate", lambda state: without(state, "learning_rate"), ValueError, ("learning_rate",)),
+    ("negative step", lambda state: {**state, "step": -1}, ValueError, ("step", "-1")),
+    ("string", lambda state: "state", TypeError, ("state", "dict", "str")),
+    ("None for all", lambda state: None, TypeError, ("state", "dict", "NoneType")),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "exception", "parts"), BAD_STATES)
+@every_rule
+def test_a_state_that_does_not_fit_is_named(
+    case: Case,
+    name: str,
+    spoil: Callable[[Any], Any],
+    exception: type[Exception],
+    parts: tuple[str, ...],
+) -> None:
+    run, shadow = trained(case)
+    good = copied(run.optimizer.state)
+    before = bits(run.params)
+
+    def load_and_step() -> None:
+        run.optimizer.state = spoil(good)
+        run.apply(new_tree(4), run.params)
+
+    fails(load_and_step, exception, *parts)
+    assert bits(run.params) == before
+    run.optimizer.state = good
+    assert_it_goes_on(run, shadow)
+
+
+def test_a_state_without_one_of_its_slots_is_named() -> None:
+    optimizer, params = optim.AdamW(0.1), new_tree(1)
+    optimizer.init(params)
+    optimizer.state = without(copied(optimizer.state), "layers", 0, "weight", "m")
+    fails(lambda: optimizer.apply_gradients(params, params), ValueError, WEIGHT, "m")
+
+
+@every_rule
+def test_what_half_a_state_lacks_starts_at_zero(case: Case) -> None:
+    run, _ = trained(case)
+    half = without(copied(run.optimizer.state), "layers", 0, "weight")
+    resumed, expected = case.make(optim), case.make(optim)
+    resumed.state = half
+    zero = {f"{WEIGHT}.{slot}": mx.zeros((8, 4)) for slot in case.slots}
+    expected.state = replaced(copied(run.optimizer.state), zero)
+    got = [o.apply_gradients(new_tree(4), copied(run.params)) for o in (resumed, expected)]
+    assert_trees_equal(*got)
+    assert_trees_equal(resumed.state, expected.state)
+
+
+def assignments() -> list[tuple[str, Callable[[Any], Any], type[Exception], tuple[str, ...]]]:
+    def leaf(state: Any) -> Any:
+        return state["layers"][0]["weight"]
+
+    def assign(node: Any, key: Any, value: Any) -> None:
+        node[key] = value
+
+    return [
+        ("shape", lambda s: assign(leaf(s), "v", mx.ones((4, 8))), ValueError, (WEIGHT, "(4, 8)")),
+        ("dtype", lambda s: assign(leaf(s), "v", ONES.astype(mx.int8)), TypeError, ("v", "int8")),
+        ("string", lambda s: assign(leaf(s), "v", "ones"), TypeError, (f"{WEIGHT}.v", "str")),
+        ("None", lambda s: assign(leaf(s), "v", None), TypeError, (f"{WEIGHT}.v", "None")),
+        ("slot", lambda s: assign(leaf(s), "u", ONES), KeyError, (f"{WEIGHT}.u", "v")),
+        ("name", lambda s: assign(s["layers"][0], "other", {"v": ONES}), KeyError, ("other",)),
+        ("number for slots", lambda s: assign(s, "w", 3), TypeError, ("w", "dict", "3")),
+        ("number in a list", lambda s: assign(s["layers"], 0, 3), TypeError, ("layers.0", "3")),
+        ("short list", lambda s: assign(s, "layers", [{}]), ValueError, ("layers", "1", "2")),
+        ("half", lambda s: assign(s, "w", {"v": mx.ones((3, 4)), "u": 1}), KeyError, ("w.u",)),
+        ("delete", lambda s: leaf(s).pop("v"), TypeError, ("removed",)),
+    ]
+
+
+@pytest.mark.parametrize(("name", "assign", "exception", "parts"), assignments())
+@every_rule
+def test_a_bad_assignment_to_the_state_changes_nothing(
+    case: Case,
+    name: str,
+    assign: Callable[[Any], Any],
+    exception: type[Exception],
+    parts: tuple[str, ...],
+) -> None:
+    run, shadow = trained(case)
+    fails(lambda: assign(run.optimizer.state), exception, *parts)
+    assert_it_goes_on(run, shadow)
