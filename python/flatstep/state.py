@@ -91,7 +91,7 @@ class State(dict[Any, Any]):
         raw = {k: v for k, v in dict.items(self) if k != FLAT_KEY}
         if layout is None:
             return raw
-        return {**raw, **{k: detached(make_node(self, c)) for k, c in layout.skeleton.items()}}
+        return {**raw, **{k: detached(make_node(self, c, k)) for k, c in layout.skeleton.items()}}
 
     # ---- The dict that users see ----
 
@@ -101,7 +101,11 @@ class State(dict[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         skeleton = self._skeleton()
-        return make_node(self, skeleton[key]) if key in skeleton else dict.__getitem__(self, key)
+        return (
+            make_node(self, skeleton[key], str(key))
+            if key in skeleton
+            else dict.__getitem__(self, key)
+        )
 
     def __setitem__(self, key: Any, value: Any) -> None:
         skeleton = self._skeleton()

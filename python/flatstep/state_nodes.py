@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -21,8 +21,9 @@ class Node(dict[Any, Any]):
     question in Python is answered from the state as it is then, as MLX's own dicts would.
     """
 
-    def __init__(self, state: State, skeleton: Any):
+    def __init__(self, state: State, skeleton: Any, path: str):
         self._state = state
+        self._path = path
         self._place = skeleton
         self._refresh()
 
@@ -30,7 +31,7 @@ class Node(dict[Any, Any]):
         dict.clear(self)
         if isinstance(self._place, dict):
             for key, child in self._place.items():
-                dict.__setitem__(self, key, make_node(self._state, child))
+                dict.__setitem__(self, key, make_node(self._state, child, f"{self._path}.{key}"))
             return
         layout = self._state.layout
         if layout is not None:
@@ -45,10 +46,12 @@ class Node(dict[Any, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(self._place, dict):
             if key not in self._place:
-                raise KeyError(f"{key}: the optimizer was not initialised with this parameter")
-            write_subtree(self._state, self._place[key], value, str(key))
+                raise KeyError(
+                    f"{self._path}.{key}: the optimizer was not initialised with this parameter"
+                )
+            write_subtree(self._state, self._place[key], value, f"{self._path}.{key}")
         else:
-            write_subtree(self._state, self._place, {key: value}, str(key))
+            write_subtree(self._state, self._place, {key: value}, self._path)
         self._refresh()
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -96,28 +99,36 @@ class Node(dict[Any, Any]):
 class NodeList(list[Any]):
     """A list inside the tree. Its items are live; assigning to one writes the state."""
 
-    def __init__(self, items: Sequence[Any] = (), state: State | None = None, place: Any = ()):
+    def __init__(
+        self,
+        items: Iterable[Any] = (),
+        state: State | None = None,
+        place: Sequence[Any] = (),
+        path: str = "",
+    ):
         super().__init__(items)
         self._state = state
         self._place = place
+        self._path = path
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if self._state is None:
             super().__setitem__(index, value)
         else:
-            write_subtree(self._state, self._place[index], value, str(index))
+            write_subtree(self._state, self._place[index], value, f"{self._path}.{index}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (detached(self),)
 
 
-def make_node(state: State, skeleton: Any) -> Any:
+def make_node(state: State, skeleton: Any, path: str) -> Any:
     """What a user sees at a place of the tree."""
-    if isinstance(skeleton, list):
-        return NodeList([make_node(state, child) for child in skeleton], state, skeleton)
-    if isinstance(skeleton, tuple):
-        return tuple(make_node(state, child) for child in skeleton)
-    return Node(state, skeleton)
+    if isinstance(skeleton, (list, tuple)):
+        items = [make_node(state, child, f"{path}.{i}") for i, child in enumerate(skeleton)]
+        return (
+            tuple(items) if isinstance(skeleton, tuple) else NodeList(items, state, skeleton, path)
+        )
+    return Node(state, skeleton, path)
 
 
 def detached(node: Any) -> Any:
