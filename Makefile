@@ -1,0 +1,112 @@
+# Everything a contributor runs. `make` alone lists it; CONTRIBUTING.md says more.
+#
+# Tools and packages go into virtual environments in this folder, nothing outside it is touched.
+# Written for GNU make 3.81, which macOS has.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# All of the C++ runs in these. The others take long, or ask how much memory or what torch does.
+SANITIZED_TESTS := --ignore=tests/test_torch.py --ignore=tests/test_memory.py \
+  --deselect=tests/test_parity.py::test_a_thousand_steps_follow_mlx_and_float64
+SUPPORTED := 3.10 3.11 3.12 3.13 3.14
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
+SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* python/flatstep/*.py*)
+
+.PHONY: help demo test bench lint format warnings sanitize stubs clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       train a small transformer with mlx.optimizers and with flatstep, compare"
+	@echo "make test       build, and run the tests; ARGS goes to pytest: make test ARGS='-k adam'"
+	@echo "make bench      measure against mlx.optimizers, torch and the memory's own speed"
+	@echo "make lint       ruff, mypy and clang-format, changing nothing"
+	@echo "make format     let ruff and clang-format lay out the sources"
+	@echo "make warnings   compile with every compiler warning as an error"
+	@echo "make sanitize   run the engine's tests under AddressSanitizer and UBSan (Linux, GCC)"
+	@echo "make stubs      write python/flatstep/_ext.pyi anew from the built extension"
+	@echo "make clean      delete everything that the above have made"
+	@echo "PYTHON=python3.12 chooses the interpreter, 3.10 to 3.14; now: $(PYTHON) ($(PYTHON_VERSION))"
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench.run $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	@echo "$(BIN)/clang-format --dry-run --Werror csrc"
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+stubs: $(VENV)/.lint
+	$(BIN)/python -m nanobind.stubgen --quiet --module flatstep._ext --output-file python/flatstep/_ext.pyi
+	$(BIN)/ruff format --quiet python/flatstep/_ext.pyi
+
+warnings: $(VENV)/.build-tools
+	$(BIN)/cmake -S . -B build/warnings -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DFLATSTEP_WERROR=ON
+	$(BIN)/cmake --build build/warnings
+
+# Python itself is not instrumented, so the sanitizers' libraries are loaded before it, and
+# libstdc++ with them, whose exceptions they intercept. Python's own leaks are not looked for.
+sanitize:
+	@[ "$$(uname)" = Linux ] || { echo "make sanitize: only on Linux, with GCC"; exit 1; }
+	@SKBUILD_CMAKE_DEFINE=FLATSTEP_SANITIZE=ON SKBUILD_CMAKE_BUILD_TYPE=Debug \
+	  SKBUILD_BUILD_DIR=build/sanitize \
+	  $(MAKE) --no-print-directory VENV=.venv-sanitize .venv-sanitize/.sanitize
+	LD_PRELOAD=$$(ldd .venv-sanitize/lib/python*/site-packages/flatstep/_ext*.so | \
+	    awk '/libasan|libubsan|libstdc/ {print $$3}' | sort | paste -sd: -) \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  .venv-sanitize/bin/python -m pytest $(SANITIZED_TESTS) $(ARGS)
+
+clean:
+	rm -rf $(VENV) .venv-sanitize build dist demo.png
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- Environments. A stamp says what is installed, so that a second run starts at once. ----
+
+$(VENV)/.python-$(PYTHON_VERSION):
+ifeq ($(PYTHON_VERSION),)
+	@echo "make: no interpreter '$(PYTHON)' found; choose one with PYTHON=..." && exit 1
+else ifeq ($(filter $(PYTHON_VERSION),$(SUPPORTED)),)
+	@echo "make: $(PYTHON) is Python $(PYTHON_VERSION), flatstep needs 3.10 to 3.14; choose one with PYTHON=..." && exit 1
+else
+	@echo "Creating $(VENV) with Python $(PYTHON_VERSION)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+endif
+
+$(VENV)/.build-tools: $(VENV)/.python-$(PYTHON_VERSION) pyproject.toml scripts/build_requirements.py
+	@echo "Installing MLX and the build tools"
+	@$(BIN)/python scripts/build_requirements.py > $(VENV)/build-requirements.txt
+	@$(PIP) install --requirement $(VENV)/build-requirements.txt
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.build-tools $(SOURCES)
+	@echo "Building flatstep"
+	@$(PIP) install --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+# What the extras of pyproject.toml name. flatstep itself is there already.
+EXTRAS := $(foreach extra,demo test bench lint sanitize,$(VENV)/.$(extra))
+$(EXTRAS): $(VENV)/.%: $(VENV)/.build-tools | $(VENV)/.package
+	@echo "Installing what '$*' needs"
+	@$(PIP) install 'flatstep[$*]'
+	@touch $@

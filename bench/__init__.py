@@ -1,0 +1,1 @@
+"""Benchmarks: flatstep against the time that memory allows, and against its peers."""
