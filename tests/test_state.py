@@ -224,3 +224,17 @@ def test_mlx_tree_functions_see_the_tree(case: Case) -> None:
     assert list(leaves(optimizer.state)) == ["step", "learning_rate", *expected]
     doubled = tree_map(lambda leaf: leaf * 2, optimizer.state)
     assert mx.array_equal(doubled["first"][0]["v"], optimizer.state["first"][0]["v"] * 2)
+
+
+def test_writing_a_leaf_leaves_a_returned_state_as_it_was() -> None:
+    optimizer = optim.Adam(1e-3)
+    params = {"w": mx.ones((3, 4))}
+    optimizer.init(params)
+    step = mx.compile(lambda state: state)
+    returned = step(optimizer.state)
+    optimizer.state = returned
+    optimizer.state["w"]["m"] = mx.full((3, 4), 7.0)
+    other = optim.Adam(1e-3)
+    other.state = returned
+    assert other.state["w"]["m"].max().item() == 0
+    assert optimizer.state["w"]["m"].min().item() == 7

@@ -40,6 +40,7 @@ class State(dict[Any, Any]):
             dict.__setitem__(state, key, item)
         if FLAT_KEY in value:
             state._known_layout = _checked_flat(value[FLAT_KEY])
+            dict.__setitem__(state, FLAT_KEY, _copied(value[FLAT_KEY]))
         return state
 
     # ---- What the optimizers use ----
@@ -159,9 +160,7 @@ class State(dict[Any, Any]):
     def __reduce__(self) -> tuple[Any, ...]:
         storage = dict(dict.items(self))
         if FLAT_KEY in storage:
-            storage[FLAT_KEY] = {
-                k: v if k == LAYOUT_KEY else list(v) for k, v in storage[FLAT_KEY].items()
-            }
+            storage[FLAT_KEY] = _copied(storage[FLAT_KEY])
         return State.adopt, (storage,)
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -210,6 +209,11 @@ def _checked(key: Any, value: Any) -> Any:
     if key == "step":
         return as_step(value)
     return as_learning_rate(value) if key == "learning_rate" else value
+
+
+def _copied(flat: dict[str, Any]) -> dict[str, Any]:
+    """A reserved entry of its own: to write a leaf into one leaves the other as it was."""
+    return {key: item if key == LAYOUT_KEY else list(item) for key, item in flat.items()}
 
 
 def _checked_flat(flat: Any) -> Layout:
