@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .contenders import Contender
+from .machine import Bystanders
 
 WARM_UP = 2
 PAUSE = 0.02  # longer than idle OpenMP threads spin, which is some 10 ms
@@ -32,11 +33,15 @@ class Budget:
 
 @dataclass
 class Series:
-    """The runs of one contender: seconds of each step and of the floor before it."""
+    """The runs of one contender: seconds of each step and of the floor before it.
+
+    None stands for what the system doesn't tell.
+    """
 
     seconds: list[float] = field(default_factory=list)
     floor_seconds: list[float] = field(default_factory=list)
-    extra_bytes: int | None = None
+    extra_bytes: int | None = None  # peak memory of a step above what is held before it
+    other_cores: float | None = None  # kept busy by other processes meanwhile
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
@@ -98,6 +103,7 @@ def measure(
     names = list(contenders)
     gc.collect()
     gc.disable()
+    bystanders = Bystanders()
     start = time.perf_counter()
     for number in range(budget.max_pairs):
         elapsed = time.perf_counter() - start
@@ -117,6 +123,8 @@ def measure(
                     contenders[name].step()
                 series[name].seconds.append(timed(contenders[name].step))
     gc.enable()
+    other_cores = bystanders.cores()
     for name, contender in contenders.items():
         series[name].extra_bytes = contender.extra_bytes()
+        series[name].other_cores = other_cores
     return series

@@ -5,11 +5,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from .measure import Series
-from .results import NOISY, Result
+from .results import Result
 
-NOISE_WARNING = (
-    f"[yellow]too noisy to tell: the floor's times spread over {{:.0%}} (more than {NOISY:.0%})[/]"
-)
+
+def _warning(results: list[Result]) -> str | None:
+    noisy = [result for result in results if result.is_noisy]
+    if not noisy:
+        return None
+    spread = max(result.floor_spread for result in noisy)
+    others = max(result.other_cores for result in noisy)
+    return (
+        f"[yellow]too noisy to tell: the floor's times spread over {spread:.0%}, "
+        f"and others used {others:.1f} cores[/]"
+    )
 
 
 def _figures(values: tuple[float, float, float], digits: int) -> str:
@@ -45,7 +53,7 @@ def setting_table(result: Result) -> Table:
         "extra MB (of state)",
         box=box.SIMPLE_HEAD,
         title=result.setting.label,
-        caption=NOISE_WARNING.format(result.floor_spread) if result.is_noisy else None,
+        caption=_warning([result]),
         title_justify="left",
         caption_justify="left",
     )
@@ -72,7 +80,9 @@ def cost_table(results: list[Result]) -> Table:
         *(f"{len(result.setting.shapes):,}" for result in results),
         box=box.SIMPLE_HEAD,
         title=f"Cost against the number of tensors, {results[0].setting.manner}",
+        caption=_warning(results),
         title_justify="left",
+        caption_justify="left",
     )
     _align(table)
     floors = (f"{1e3 * result.floor_quartiles[1]:.2f}" for result in results)
@@ -83,7 +93,4 @@ def cost_table(results: list[Result]) -> Table:
             for result in results
         )
         table.add_row(name, *medians)
-    if noisy := [result for result in results if result.is_noisy]:
-        table.caption = NOISE_WARNING.format(max(result.floor_spread for result in noisy))
-        table.caption_justify = "left"
     return table

@@ -8,9 +8,10 @@ from typing import Any
 from .cases import Setting
 from .measure import Series, quartiles
 
-# Where the middle half of the floor's times is wider than this part of their median, something else
-# was using the machine.
-NOISY = 0.1
+# Figures are doubtful where the middle half of the floor's times is wider than this part of their
+# median, or where other processes kept this many cores busy.
+WIDE = 0.1
+BUSY = 0.1
 
 
 @dataclass
@@ -31,8 +32,12 @@ class Result:
         return (third - first) / median
 
     @property
+    def other_cores(self) -> float:
+        return max(runs.other_cores or 0.0 for runs in self.series.values())
+
+    @property
     def is_noisy(self) -> bool:
-        return self.floor_spread > NOISY
+        return self.floor_spread > WIDE or self.other_cores > BUSY
 
     def faster(self, name: str, peer: str) -> float:
         """How many times faster `name` is than `peer`, each as a multiple of its own floor.

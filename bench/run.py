@@ -117,9 +117,15 @@ def report_part(report: Callable[[float], None], start: float, part: float, done
     report(start + part * done)
 
 
-def measure_plan(plan: list[Setting], budget: Budget, console: Console) -> list[Result]:
+def measure_plan(
+    plan: list[Setting],
+    budget: Budget,
+    console: Console,
+    keep: Callable[[list[Result]], None],
+) -> list[Result]:
+    """Measure one setting after the other; `keep` is given all that there is after each."""
     results = []
-    with Progress(console=console) as progress:
+    with Progress(console=console, refresh_per_second=2) as progress:
         task = progress.add_task("", total=len(plan))
 
         def report(done: float) -> None:
@@ -130,6 +136,7 @@ def measure_plan(plan: list[Setting], budget: Budget, console: Console) -> list[
             result = measure_setting(setting, budget, console, report)
             if result:
                 results.append(result)
+                keep(results)
                 if not setting.is_cost:
                     console.print(setting_table(result))
         progress.update(task, description="done", completed=len(plan))
@@ -196,10 +203,11 @@ def main() -> None:
         for name, value in machine.items():
             console.print(f"{name}: {value}", style="dim", highlight=False)
         plan = choose_plan(arguments)
-        results = measure_plan(plan, QUICK if arguments.quick else FULL, console)
+        budget = QUICK if arguments.quick else FULL
+        keep = partial(save, folder / "results.json", machine)
+        results = measure_plan(plan, budget, console, keep)
         if not results:
             sys.exit("nothing was measured")
-        save(folder / "results.json", machine, results)
     for family in cost_families(results):
         console.print(cost_table(family))
     for path in draw(results, machine, folder):

@@ -1,9 +1,7 @@
 #include "fused_update.h"
 
-#include <algorithm>
 #include <atomic>
 #include <iterator>
-#include <sstream>
 #include <stdexcept>
 
 #include "allocate.h"

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <sstream>
 #include <stdexcept>
 
@@ -24,7 +23,7 @@ bool is_zero_or_more(double x) {
 
 SchedulePiece empty_piece(SchedulePieceKind kind, double init, int64_t steps) {
   SchedulePiece piece{};
-  piece.start = std::numeric_limits<int64_t>::min();
+  piece.start = -FLATSTEP_LAST_STEP;
   piece.steps = steps;
   piece.kind = kind;
   piece.init = split(init);
@@ -32,12 +31,9 @@ SchedulePiece empty_piece(SchedulePieceKind kind, double init, int64_t steps) {
 }
 
 // Sums of boundaries that a user may have given as anything that fits an int64.
-int64_t saturating_add(int64_t a, int64_t b) {
-  int64_t sum;
-  if (__builtin_add_overflow(a, b, &sum)) {
-    return a < 0 ? std::numeric_limits<int64_t>::min() : std::numeric_limits<int64_t>::max();
-  }
-  return sum;
+int64_t bounded_sum(int64_t a, int64_t b) {
+  auto bounded = [](int64_t x) { return std::clamp(x, -FLATSTEP_LAST_STEP, FLATSTEP_LAST_STEP); };
+  return bounded(bounded(a) + bounded(b));
 }
 
 }  // namespace
@@ -126,8 +122,8 @@ std::vector<SchedulePiece> join_pieces(
   std::vector<SchedulePiece> joined = parts.at(0);
   for (size_t i = 0; i < boundaries.size(); ++i) {
     for (SchedulePiece piece : parts.at(i + 1)) {
-      piece.start = std::max(boundaries[i], saturating_add(piece.start, boundaries[i]));
-      piece.origin = saturating_add(piece.origin, boundaries[i]);
+      piece.start = std::max(boundaries[i], bounded_sum(piece.start, boundaries[i]));
+      piece.origin = bounded_sum(piece.origin, boundaries[i]);
       joined.push_back(piece);
     }
   }

@@ -21,16 +21,8 @@ mx::Shape flat_shape_of(size_t blocks) {
 
 }  // namespace
 
-mx::Shape Bucket::flat_shape() const {
-  return flat_shape_of(blocks);
-}
-
 mx::Shape BucketPlan::p_shape() const {
   return flat_shape_of(p_blocks);
-}
-
-mx::Shape BucketPlan::state_shape() const {
-  return flat_shape_of(state_blocks);
 }
 
 Layout::Layout(
@@ -91,7 +83,6 @@ BucketPlans Layout::make_plans(const std::vector<size_t>& given) const {
   for (size_t b = 0; b < buckets_.size(); ++b) {
     const Bucket& bucket = buckets_[b];
     BucketPlan plan{b, bucket.dtype};
-    plan.state_blocks = bucket.blocks;
     std::vector<ViewSpec> views;
     for (size_t index : bucket.leaves) {
       const Leaf& leaf = leaves_[index];
@@ -99,8 +90,7 @@ BucketPlans Layout::make_plans(const std::vector<size_t>& given) const {
         plan.untouched.push_back({leaf.offset, leaf.offset + leaf.size});
         continue;
       }
-      plan.segments.push_back(
-          {index, position[index], leaf.size, plan.p_blocks * kBlock, leaf.offset});
+      plan.segments.push_back({position[index], leaf.size, plan.p_blocks * kBlock, leaf.offset});
       views.push_back({leaf.shape, plan.p_blocks * kBlock});
       plan.p_blocks += blocks_for(leaf.size);
     }

@@ -32,14 +32,11 @@ struct Bucket {
   mx::Dtype dtype;
   size_t blocks{0};
   std::vector<size_t> leaves{};
-
-  mx::Shape flat_shape() const;
 };
 
 // A leaf's part in a step. `p_offset` differs from `state_offset` when gradients came for a subset
 // of the leaves: parameters are then packed among themselves, the state stays where it is.
 struct Segment {
-  size_t leaf;
   size_t position;  // in the list of leaves that this step was given
   size_t size;
   size_t p_offset;
@@ -59,10 +56,8 @@ struct BucketPlan {
   std::vector<Range> untouched{};   // state that this step leaves as it is
   ViewSpecs views{};                // the segments' parameters in the flat array that is written
   size_t p_blocks{0};
-  size_t state_blocks{0};
 
   mx::Shape p_shape() const;
-  mx::Shape state_shape() const;
 };
 
 using BucketPlans = std::vector<std::shared_ptr<const BucketPlan>>;

@@ -26,6 +26,9 @@ FLATSTEP_FN bool is_nan(float x) {
 FLATSTEP_FN uint bits_of(float x) {
   return as_type<uint>(x);
 }
+FLATSTEP_FN float from_bits(uint bits) {
+  return as_type<float>(bits);
+}
 typedef uint uint32_t;
 typedef ulong Step;
 typedef long SignedStep;
@@ -53,6 +56,9 @@ FLATSTEP_FN bool is_nan(float x) {
 }
 FLATSTEP_FN uint32_t bits_of(float x) {
   return __builtin_bit_cast(uint32_t, x);
+}
+FLATSTEP_FN float from_bits(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
 }
 typedef uint64_t Step;
 typedef int64_t SignedStep;

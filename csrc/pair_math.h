@@ -17,14 +17,6 @@ FLATSTEP_FN Pair pair_from_step(Step step) {
   return quick_two_sum(hi, lo);
 }
 
-FLATSTEP_FN float from_bits(uint32_t bits) {
-#ifdef __METAL_VERSION__
-  return as_type<float>(bits);
-#else
-  return __builtin_bit_cast(float, bits);
-#endif
-}
-
 // 2^k for -126 <= k <= 127.
 FLATSTEP_FN float power_of_two(int k) {
   return from_bits(static_cast<uint32_t>(k + 127) << 23);
@@ -43,7 +35,7 @@ FLATSTEP_FN Pair small_exp_minus_one(Pair x) {
   return normalized(multiply(x, sum));
 }
 
-// x = k ln 2 + remainder with |remainder| <= 0.35, for |x| < 200.
+// x = k ln 2 + remainder with |remainder| <= 0.35, where |k| stays within the limit.
 FLATSTEP_FN int split_by_ln2(Pair x, int limit, FLATSTEP_OUT(Pair) remainder) {
   const Pair ln2 = pair(0.693147182f, -1.90465421e-9f);
   float scaled_x = x.hi * 1.44269502f;
@@ -54,7 +46,7 @@ FLATSTEP_FN int split_by_ln2(Pair x, int limit, FLATSTEP_OUT(Pair) remainder) {
 }
 
 FLATSTEP_FN Pair exp_minus_one(Pair x) {
-  if (x.hi < -104.0f) {
+  if (x.hi < -80.0f) {
     return pair(-1.0f);
   }
   Pair remainder;

@@ -33,6 +33,9 @@ struct SchedulePiece {
 // Fits with all else that a kernel is given into the 4 KB that Metal's setBytes takes.
 #define FLATSTEP_MAX_SCHEDULE_PIECES 24
 
+// Steps and boundaries beyond it are taken as this one: far enough, and no sum of two overflows.
+#define FLATSTEP_LAST_STEP (SignedStep(1) << 61)
+
 struct Schedule {
   int32_t num_pieces;  // 0: there is no schedule, the learning rate comes as an array
   int32_t padding;
@@ -62,13 +65,14 @@ FLATSTEP_FN Pair exponential_value(Pair init, Pair log_rate, int32_t rate_sign, 
   if (rate_sign == 0) {
     return pair(0.0f);
   }
-  Pair steps = pair_from_step(static_cast<Step>(n < 0 ? -n : n));
-  Pair power = exponential(normalized(multiply(log_rate, n < 0 ? negated(steps) : steps)));
+  Pair steps = pair_from_step(static_cast<Step>(n));
+  Pair power = exponential(normalized(multiply(log_rate, steps)));
   Pair value = multiply(init, power);
   return rate_sign < 0 && (n & 1) != 0 ? negated(value) : value;
 }
 
 FLATSTEP_FN Pair piece_value(FLATSTEP_CONSTANT SchedulePiece& piece, SignedStep step) {
+  // Never negative: no piece starts before its origin.
   SignedStep since = step - piece.origin;
   Pair init = pair(piece.init.hi, piece.init.lo);
   Pair end = pair(piece.end.hi, piece.end.lo);
@@ -79,8 +83,7 @@ FLATSTEP_FN Pair piece_value(FLATSTEP_CONSTANT SchedulePiece& piece, SignedStep 
         return end;
       }
       Pair slope = pair(piece.slope.hi, piece.slope.lo);
-      Pair count = pair_from_step(static_cast<Step>(limited < 0 ? -limited : limited));
-      return add(init, multiply(slope, limited < 0 ? negated(count) : count));
+      return add(init, multiply(slope, pair_from_step(static_cast<Step>(since))));
     }
     case SCHEDULE_COSINE:
       return cosine_value(init, end, limited, piece.steps);
@@ -95,7 +98,7 @@ FLATSTEP_FN Pair piece_value(FLATSTEP_CONSTANT SchedulePiece& piece, SignedStep 
 
 // The learning rate at `step`, counted from 0.
 FLATSTEP_FN float schedule_value(FLATSTEP_CONSTANT Schedule& schedule, Step step) {
-  const SignedStep last = static_cast<SignedStep>(~Step(0) >> 1);
+  const SignedStep last = FLATSTEP_LAST_STEP;
   SignedStep now = step > static_cast<Step>(last) ? last : static_cast<SignedStep>(step);
   int32_t active = 0;
   for (int32_t i = 1; i < schedule.num_pieces; ++i) {

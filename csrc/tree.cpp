@@ -190,7 +190,18 @@ class Collector {
     }
     check_dtype("parameter", p.dtype(), path);
     check_dtype("gradient", g.dtype(), path);
-    result.dtype_changed |= p.dtype() != leaf.dtype;
+    if (p.dtype() != leaf.dtype) {
+      // Another layout would be fixed into the trace, but not made again when the trace is
+      // replayed.
+      if (p.is_tracer()) {
+        fail(
+            path,
+            "the parameter is " + str(p.dtype()) + " but the optimizer was initialised with " +
+                str(leaf.dtype) +
+                "; call optimizer.init(parameters) outside the compiled function");
+      }
+      result.dtype_changed = true;
+    }
     result.leaves.push_back(index);
     result.parameters.push_back(p);
     result.gradients.push_back(g);

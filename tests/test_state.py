@@ -238,3 +238,61 @@ def test_writing_a_leaf_leaves_a_returned_state_as_it_was() -> None:
     other.state = returned
     assert other.state["w"]["m"].max().item() == 0
     assert optimizer.state["w"]["m"].min().item() == 7
+
+
+def test_lists_and_dicts_of_a_live_state_lose_no_writes() -> None:
+    optimizer = optim.Adam(1e-3)
+    params = {"layers": [{"w": mx.ones(3)}, {"w": mx.ones(4)}]}
+    optimizer.init(params)
+    layers = optimizer.state["layers"]
+    layers[0]["w"] |= {"m": mx.full((3,), 2.0)}
+    assert optimizer.state["layers"][0]["w"]["m"].tolist() == [2.0] * 3
+    for change in (lambda: layers.append({}), lambda: layers.pop(), lambda: layers.extend([{}])):
+        with pytest.raises(TypeError, match="layers"):
+            change()
+    with pytest.raises(KeyError, match=r"layers\.1\.w\.u"):
+        layers[1]["w"].setdefault("u", mx.ones(4))
+    # A copy made by tree_map is the caller's own.
+    tree_map(lambda leaf: leaf, optimizer.state)["layers"].append({})
+
+
+def cast(tree: Any, dtype: mx.Dtype) -> Any:
+    return tree_map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def compiled(optimizer: optim.AdamW) -> Any:
+    state = [optimizer.state]
+    return mx.compile(optimizer.apply_gradients, inputs=state, outputs=state)
+
+
+def test_parameters_cast_before_a_compiled_step_are_refused() -> None:
+    optimizer = optim.AdamW(1e-2)
+    params = {"w": mx.ones(3)}
+    optimizer.init(params)
+    params = cast(params, mx.bfloat16)
+    with pytest.raises(ValueError, match=r"w: the parameter is bfloat16 .* optimizer\.init"):
+        compiled(optimizer)(params, params)
+
+
+def test_parameters_may_be_cast_between_compiled_steps_with_an_init() -> None:
+    optimizer, eager = optim.AdamW(1e-2), optim.AdamW(1e-2)
+    params = expected = {str(i): mx.ones((600, 1000)) for i in range(4)}
+    optimizer.init(params)
+    step = compiled(optimizer)
+    for dtype in (mx.float32, mx.bfloat16, mx.float32, mx.bfloat16, mx.float32):
+        params, expected = cast(params, dtype), cast(expected, dtype)
+        optimizer.init(params)
+        params, expected = step(params, params), eager.apply_gradients(expected, expected)
+        assert_trees_equal(params, expected)
+        assert optimizer.state == eager.state
+
+
+def test_leaves_that_a_step_leaves_out_keep_their_dtype_in_the_layout() -> None:
+    optimizer = optim.AdamW(1e-2)
+    params = {name: mx.ones(100, mx.float32) for name in "ab"}
+    optimizer.init(params)
+    params = {name: p.astype(mx.bfloat16) for name, p in params.items()}
+    for name in "abab":
+        params.update(optimizer.apply_gradients({name: params[name]}, params))
+    before = [segment.dtype for segment in optimizer.layout]
+    assert before == [mx.bfloat16, mx.bfloat16]

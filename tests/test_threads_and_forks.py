@@ -24,6 +24,8 @@ PRELUDE = """
 import os, signal, sys, threading, time
 import flatstep as optim, mlx.core as mx
 from flatstep import _ext
+# A job that a shell has put in the background inherits an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _ext.set_num_threads(4)
 params = {"a": mx.ones((300_000,)), "b": [mx.ones((70,)), mx.ones(())]}
 gradients = {"a": mx.full((300_000,), 0.5), "b": [mx.full((70,), 0.5), mx.array(0.5)]}
@@ -395,3 +397,27 @@ def test_an_interrupted_update_has_either_happened_or_not(case: Case) -> None:
         run.step(gradients)
     else:
         raise AssertionError("the update never ends")
+
+
+@pytest.mark.parametrize("threads", [0, 1025])
+def test_a_number_of_threads_out_of_range_is_refused(threads: int) -> None:
+    with pytest.raises(ValueError, match=f"from 1 to 1024, {threads}"):
+        _ext.set_num_threads(threads)
+
+
+def test_threads_that_the_system_does_not_give_are_done_without() -> None:
+    program = """
+import resource
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
+_ext.set_num_threads(1024)
+try:
+    for _ in range(3):
+        params = step(params)
+    values(params)
+except RuntimeError as error:
+    # The threads' stacks may have left no memory for the step itself.
+    assert "out of memory" in str(error)
+print("done")
+"""
+    assert output_of(start(program)) == "done\n"

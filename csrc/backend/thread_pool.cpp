@@ -8,12 +8,17 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace flatstep {
 
 namespace {
+
+constexpr size_t kMaxThreads = 1024;
 
 struct Loop {
   const std::function<void(size_t, size_t)>& body;
@@ -38,8 +43,12 @@ class Pool {
     sigset_t all, previous;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &previous);
-    for (size_t i = 0; i < num_workers; ++i) {
-      threads_.emplace_back([this] { work(); });
+    try {
+      for (size_t i = 0; i < num_workers; ++i) {
+        threads_.emplace_back([this] { work(); });
+      }
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those that there are share the work.
     }
     pthread_sigmask(SIG_SETMASK, &previous, nullptr);
   }
@@ -117,7 +126,7 @@ size_t default_num_threads() {
 struct SharedPool {
   std::mutex mutex;  // one loop at a time: two streams may ask at once
   Pool* pool{nullptr};
-  size_t num_threads{default_num_threads()};
+  std::atomic<size_t> num_threads{default_num_threads()};
 };
 
 SharedPool*& shared_pool() {
@@ -141,6 +150,11 @@ size_t num_threads() {
 }
 
 void set_num_threads(size_t n) {
+  if (n < 1 || n > kMaxThreads) {
+    throw std::invalid_argument(
+        "[set_num_threads] the number of threads should be from 1 to " +
+        std::to_string(kMaxThreads) + ", " + std::to_string(n) + " was provided instead");
+  }
   SharedPool& shared = *shared_pool();
   std::lock_guard lock(shared.mutex);
   shared.num_threads = n;

@@ -6,7 +6,7 @@ import os
 def check_environment() -> None:
     """Raises ValueError when FLATSTEP_NUM_THREADS is set to something that is no thread count."""
     text = os.environ.get("FLATSTEP_NUM_THREADS")
-    if text is None:
+    if not text:
         return
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1024):
         raise ValueError(

@@ -71,8 +71,8 @@ def floor_pass(p: mlx.core.array, g: mlx.core.array, state: Sequence[mlx.core.ar
 def step(
     layout: Layout,
     skeleton: object,
-    gradients: object,
-    parameters: object,
+    gradients: object | None,
+    parameters: object | None,
     rule: Rule,
     schedule: PlainSchedule | None,
     state: list[list[mlx.core.array]],

@@ -44,7 +44,7 @@ def as_step(value: Any) -> mx.array:
         if value.dtype == mx.uint64 and value.ndim == 0:
             return value
         if mx.issubdtype(value.dtype, mx.signedinteger):
-            return as_step(value.tolist())
+            return as_step(value.reshape(()).item())
         return value.astype(mx.uint64).reshape(())
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
         raise ValueError(f"step should be a whole number >= 0, {value!r} was provided instead")

@@ -254,7 +254,7 @@ class FusedOptimizer(Optimizer):
             gradient (mx.array): shape (n,), any of these dtypes.
             *state (mx.array): the arrays named by ``optimizer.slots`` (SGD: ``v``; Adam and AdamW:
               ``m``, ``v``), shape (n,), any of these dtypes. SGD without momentum takes none.
-            step (int or mx.array): steps taken so far, an int >= 0 or a uint64 scalar.
+            step (int or mx.array): steps taken so far, an int >= 0 or an integer scalar.
             learning_rate (float or mx.array, optional): Default: the optimizer's schedule at
               ``step``, or its learning rate.
 
@@ -289,8 +289,8 @@ class FusedOptimizer(Optimizer):
                 raise TypeError(f"flat_update: {name} should be an mlx.core.array, got {array!r}")
             if array.ndim != 1 or array.shape != parameter.shape:
                 raise ValueError(
-                    f"flat_update: {name} of shape {tuple(array.shape)} should be one-dimensional "
-                    f"and as long as the parameter {tuple(parameter.shape)}"
+                    f"flat_update: {name} of shape {tuple(array.shape)} should have the parameter's "
+                    f"shape, which should be one-dimensional and is {tuple(parameter.shape)}"
                 )
             if array.dtype not in FLOATING:
                 raise unsupported(f"flat_update: {name}", array.dtype)

@@ -13,6 +13,9 @@ from . import _ext
 # bucket, some 20 microseconds, does not count.
 BUCKET_BYTES = 4 << 20
 
+# A segment starts on a boundary of so many elements, and a flat array has rows of them.
+BLOCK = 64
+
 FLOATING = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -63,7 +66,7 @@ class Layout:
             bucket_bytes,
         )
         self.places = self.engine.segments
-        self.bucket_shapes = [(blocks, 64) for blocks in self.engine.bucket_blocks]
+        self.bucket_shapes = [(blocks, BLOCK) for blocks in self.engine.bucket_blocks]
         self.text = json.dumps(
             {
                 "slots": self.slots,
@@ -104,10 +107,13 @@ class Layout:
         bucket, offset = self.places[number]
         size = _size(self.leaves[number].shape)
         old = flat[bucket]
-        values = value.astype(old.dtype).reshape(-1)
-        line = old.reshape(-1)
-        line[offset : offset + size] = values
-        flat[bucket] = line.reshape(old.shape)
+        first, blocks = offset // BLOCK, -(-size // BLOCK)
+        if size:
+            flat[bucket] = (
+                mx.slice_update(old, in_blocks(value.astype(old.dtype)), mx.array([first]), [0])
+                if blocks < old.shape[0]
+                else in_blocks(value.astype(old.dtype))
+            )
 
     def pack(self, values: Sequence[Any], dtype: mx.Dtype) -> list[mx.array]:
         """One slot's flat arrays from its leaves; a leaf of None starts at zero."""
@@ -122,15 +128,25 @@ class Layout:
                 continue
             parts = []
             for number in numbers:
-                size = _size(self.leaves[number].shape)
                 value = values[number]
-                parts.append(
-                    mx.zeros((size,), dtype) if value is None else value.astype(dtype).reshape(-1)
-                )
-                if size % 64:
-                    parts.append(mx.zeros((64 - size % 64,), dtype))
-            flat.append(mx.concatenate(parts).reshape(shape))
+                if value is None:
+                    blocks = -(-_size(self.leaves[number].shape) // BLOCK)
+                    parts.append(mx.zeros((blocks, BLOCK), dtype))
+                else:
+                    parts.append(in_blocks(value.astype(dtype)))
+            flat.append(mx.concatenate(parts))
         return flat
+
+
+def in_blocks(value: mx.array) -> mx.array:
+    """The elements of an array, padded with zeros, as rows of a flat array.
+
+    A dimension is an int32, so a large array must not become one-dimensional on the way.
+    """
+    rest = value.size % BLOCK
+    if rest == 0:
+        return value.reshape(value.size // BLOCK, BLOCK)
+    return mx.pad(value.reshape(-1), (0, BLOCK - rest)).reshape(-1, BLOCK)
 
 
 def name_of(dtype: mx.Dtype) -> str:
@@ -138,10 +154,10 @@ def name_of(dtype: mx.Dtype) -> str:
     return str(dtype).rsplit(".", 1)[-1]
 
 
-def unsupported(what: str, dtype: mx.Dtype) -> TypeError:
+def unsupported(what: str, dtype: mx.Dtype, advice: str = "") -> TypeError:
     """The error for an array that is stored in another dtype than those in FLOATING."""
     return TypeError(
-        f"{what} has dtype {name_of(dtype)}; float32, float16 and bfloat16 are supported"
+        f"{what} has dtype {name_of(dtype)}; float32, float16 and bfloat16 are supported{advice}"
     )
 
 

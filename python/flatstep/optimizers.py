@@ -131,7 +131,7 @@ class Adam(FusedOptimizer):
 
     def _adam_rule(self, weight_decay: float) -> _ext.Rule:
         name = type(self).__name__
-        if not isinstance(self.betas, Sequence):
+        if isinstance(self.betas, (str, bytes)) or not hasattr(self.betas, "__iter__"):
             raise TypeError(
                 f"{name} betas should be two numbers, {self.betas!r} was provided instead"
             )

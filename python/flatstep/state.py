@@ -79,7 +79,8 @@ class State(dict[Any, Any]):
 
         Nothing is changed: the caller hands the result to ``commit``.
         """
-        skeleton, leaves, values = merge_trees(self._tree(), parameters, slots)
+        known = {leaf.keys: leaf.dtype for leaf in self.layout.leaves} if self.layout else {}
+        skeleton, leaves, values = merge_trees(self._tree(), parameters, slots, known)
         layout = Layout(skeleton, leaves, slots, BUCKET_BYTES)
         arrays = {
             slot: layout.pack([value[i] for value in values], dtype) for i, slot in enumerate(slots)

@@ -70,6 +70,15 @@ class Node(dict[Any, Any]):
         for key, value in dict(*others, **items).items():
             self[key] = value
 
+    def __ior__(self, other: Any) -> Node:  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
     def copy(self) -> dict[Any, Any]:
         return dict(self.items())
 
@@ -119,6 +128,33 @@ class NodeList(list[Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (detached(self),)
+
+    def __delitem__(self, index: Any) -> None:
+        self._refuse_if_live()
+        super().__delitem__(index)
+
+    def append(self, item: Any) -> None:
+        self._refuse_if_live()
+        super().append(item)
+
+    def extend(self, items: Iterable[Any]) -> None:
+        self._refuse_if_live()
+        super().extend(items)
+
+    def insert(self, index: Any, item: Any) -> None:
+        self._refuse_if_live()
+        super().insert(index, item)
+
+    def pop(self, index: Any = -1) -> Any:
+        self._refuse_if_live()
+        return super().pop(index)
+
+    def _refuse_if_live(self) -> None:
+        if self._state is not None:
+            raise TypeError(
+                f"{self._path}: the items of an initialised optimizer's state are those of its "
+                "parameters; assign new values to them"
+            )
 
 
 def make_node(state: State, skeleton: Any, path: str) -> Any:

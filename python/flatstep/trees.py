@@ -16,12 +16,13 @@ ABSENT = object()
 
 
 def merge_trees(
-    state: Any, parameters: Any, slots: Sequence[str]
+    state: Any, parameters: Any, slots: Sequence[str], known: dict[tuple[Any, ...], mx.Dtype]
 ) -> tuple[dict[str, Any], list[LeafSpec], list[list[mx.array | None]]]:
     """The union of a state's tree and a tree of parameters: (skeleton, leaves, state values).
 
-    A leaf's dtype and shape are those of its parameter; of a leaf that only the state has, those
-    of its state. Entries of the state at the top that are no leaves' state are left out.
+    A leaf's dtype and shape are those of its parameter. A leaf that only the state has takes its
+    shape from there, and its dtype from `known`, what is known of the leaves by their keys.
+    Entries of the state at the top that are no leaves' state are left out.
     """
     leaves: list[LeafSpec] = []
     values: list[list[mx.array | None]] = []
@@ -31,9 +32,12 @@ def merge_trees(
         first = next((held[slot] for slot in slots if slot in held), None)
         source = parameter if parameter is not None else first
         assert source is not None
-        spec = LeafSpec(keys, tuple(source.shape), source.dtype)
+        dtype = source.dtype if parameter is not None else known.get(keys, source.dtype)
+        spec = LeafSpec(keys, tuple(source.shape), dtype)
         if source.dtype not in FLOATING:
-            raise unsupported(f"{spec.path}: parameter", source.dtype)
+            raise unsupported(
+                f"{spec.path}: parameter", source.dtype, "; init takes model.trainable_parameters()"
+            )
         for slot in held:
             check_leaf_state(f"{spec.path}.{slot}", held[slot], spec.shape)
         leaves.append(spec)
