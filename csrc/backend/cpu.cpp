@@ -34,6 +34,12 @@ class Input {
         layout_(a.flags().row_contiguous ? nullptr : std::make_shared<StridedLayout>(a)) {
   }
 
+  // The length of the rows that are best walked a panel at a time; 0 where any order will do.
+  size_t long_row() const {
+    bool is_long = layout_ && layout_->crosses_lines() && layout_->row_length() > kPanelColumns;
+    return is_long ? layout_->row_length() : 0;
+  }
+
  private:
   friend class Walk;
 
@@ -135,50 +141,95 @@ struct StepConstants {
   SgdStep sgd;
 };
 
-// Updates elements [begin, end) of the segment with this index in the plan.
-void update_segment(
-    const Job& job, const StepConstants& constants, size_t index, size_t begin, size_t end) {
-  const Segment& segment = job.plan->segments[index];
-  alignas(64) Scratch p, g, state[kMaxSlots];
-  const CpuLoops& loops = *job.loops;
-  bool is_adam = job.rule.kind == RuleKind::adam;
-  size_t variant = job.rule.has_weight_decay() + 2 * job.rule.has_momentum() +
-                   4 * (job.rule.values.nesterov != 0);
-  const Output& p_out = job.p_out.front();
-  Walk gradient(job.gradients[index], end, walk_buffer(0));
-  Walk parameter(job.parameters[index], end, walk_buffer(1));
-  std::array<std::optional<Walk>, kMaxSlots> slots;
-  for (size_t k = 0; k < job.slots.size(); ++k) {
-    slots[k].emplace(job.slots[k].in, segment.state_offset + end, walk_buffer(2 + k));
+// One thread's update of a part of a segment.
+class SegmentUpdate {
+ public:
+  // The part ends before element `end`.
+  SegmentUpdate(const Job& job, const StepConstants& constants, size_t index, size_t end)
+      : job_(job),
+        constants_(constants),
+        segment_(job.plan->segments[index]),
+        gradient_(job.gradients[index], end, walk_buffer(0)),
+        parameter_(job.parameters[index], end, walk_buffer(1)) {
+    for (size_t k = 0; k < job.slots.size(); ++k) {
+      slots_[k].emplace(job.slots[k].in, segment_.state_offset + end, walk_buffer(2 + k));
+    }
   }
-  for (size_t i = begin, n = 0; i < end; i += n) {
-    n = std::min(kBlockElements, end - i);
-    size_t p_at = segment.p_offset + i;
-    size_t state_at = segment.state_offset + i;
+
+  // Updates elements [begin, end) of the segment.
+  void run(size_t begin, size_t end) {
+    for (size_t i = begin, n = 0; i < end; i += n) {
+      n = std::min(kBlockElements, end - i);
+      run_block(i, n);
+    }
+  }
+
+ private:
+  // Updates at most n elements, and sets n to how many.
+  void run_block(size_t i, size_t& n) {
+    const CpuLoops& loops = *job_.loops;
+    const Output& p_out = job_.p_out.front();
+    size_t p_at = segment_.p_offset + i;
+    size_t state_at = segment_.state_offset + i;
     BlockArrays a{};
-    a.g = gradient.read(loops, i, n, g);
-    a.p_in = parameter.read(loops, i, n, p);
+    a.g = gradient_.read(loops, i, n, g_);
+    a.p_in = parameter_.read(loops, i, n, p_);
     const float* state_in[kMaxSlots]{};
     float* state_out[kMaxSlots]{};
-    for (size_t k = 0; k < job.slots.size(); ++k) {
-      state_in[k] = slots[k]->read(loops, state_at, n, state[k]);
-      state_out[k] = job.slots[k].out.target(state_at, state[k]);
+    for (size_t k = 0; k < job_.slots.size(); ++k) {
+      state_in[k] = slots_[k]->read(loops, state_at, n, state_[k]);
+      state_out[k] = job_.slots[k].out.target(state_at, state_[k]);
     }
-    a.p_out = p_out.target(p_at, p);
-    if (is_adam) {
+    a.p_out = p_out.target(p_at, p_);
+    if (job_.rule.kind == RuleKind::adam) {
       a.m_in = state_in[0];
       a.m_out = state_out[0];
       a.v_in = state_in[1];
       a.v_out = state_out[1];
-      loops.adam(constants.adam, a, n);
+      loops.adam(constants_.adam, a, n);
     } else {
       a.v_in = state_in[0];
       a.v_out = state_out[0];
-      loops.sgd[variant](constants.sgd, a, n);
+      size_t variant = job_.rule.has_weight_decay() + 2 * job_.rule.has_momentum() +
+                       4 * (job_.rule.values.nesterov != 0);
+      loops.sgd[variant](constants_.sgd, a, n);
     }
-    p_out.store(loops, p_at, n, p);
-    for (size_t k = 0; k < job.slots.size(); ++k) {
-      job.slots[k].out.store(loops, state_at, n, state[k]);
+    p_out.store(loops, p_at, n, p_);
+    for (size_t k = 0; k < job_.slots.size(); ++k) {
+      job_.slots[k].out.store(loops, state_at, n, state_[k]);
+    }
+  }
+
+  const Job& job_;
+  const StepConstants& constants_;
+  const Segment& segment_;
+  Walk gradient_;
+  Walk parameter_;
+  std::array<std::optional<Walk>, kMaxSlots> slots_;
+  alignas(64) Scratch p_;
+  alignas(64) Scratch g_;
+  alignas(64) Scratch state_[kMaxSlots];
+};
+
+// Updates elements [begin, end) of the segment with this index in the plan: from front to back, or
+// panel by panel where the gradient lies across its rows.
+void update_segment(
+    const Job& job, const StepConstants& constants, size_t index, size_t begin, size_t end) {
+  SegmentUpdate update(job, constants, index, end);
+  size_t length = job.gradients[index].long_row();
+  if (length == 0) {
+    update.run(begin, end);
+    return;
+  }
+  size_t last_row = (end - 1) / length + 1;
+  for (size_t first_row = begin / length; first_row < last_row; first_row += kPanelRows) {
+    size_t end_row = std::min(first_row + kPanelRows, last_row);
+    for (size_t column = 0; column < length; column += kPanelColumns) {
+      size_t end_column = std::min(column + kPanelColumns, length);
+      for (size_t row = first_row; row < end_row; ++row) {
+        update.run(
+            std::max(begin, row * length + column), std::min(end, row * length + end_column));
+      }
     }
   }
 }
@@ -226,8 +277,14 @@ void run(const Job& job) {
     constants.sgd = prepare_sgd(job.rule.values, learning_rate);
   }
 
+  // In blocks. Long enough for a thread to find whole panels, short enough for all to have work.
   size_t total = job.plan->p_blocks;
+  size_t share = (total + num_threads() - 1) / num_threads();
   size_t grain = std::clamp<size_t>(total / (8 * num_threads()), 256, 2048);
+  for (const Input& gradient : job.gradients) {
+    size_t panel = gradient.long_row() * kPanelRows / kBlock;
+    grain = std::max(grain, std::min(panel, share));
+  }
   parallel_for(total, grain, [&](size_t begin_block, size_t end_block) {
     size_t begin = begin_block * kBlock;
     size_t end = end_block * kBlock;

@@ -7,16 +7,11 @@ namespace flatstep {
 
 namespace {
 
-// A panel's rows fill whole cache lines of a transposed array, and a panel stays in the cache.
-constexpr size_t kMinPanelRows = 16;
-constexpr size_t kMaxPanelRows = 64;
+// A panel of columns is so wide, and so many of its elements stay in the cache.
 constexpr size_t kPanelElements = size_t(1) << 16;
-// Rows longer than this (a broadcast scalar is one row) are copied a piece at a time.
-constexpr size_t kMaxPanelColumns = size_t(1) << 17;
-constexpr size_t kPieceElements = 1024;
 constexpr size_t kTile = 16;
 
-// Columns [column, column + num_columns) of some rows; all columns if there is more than one row.
+// Columns [column, column + num_columns) of some rows.
 struct Panel {
   size_t row;
   size_t num_rows;
@@ -27,7 +22,7 @@ struct Panel {
 
 // Rows of a panel that lie a power of two apart share a few sets of the cache and evict each other.
 size_t pitch_of(size_t num_columns) {
-  return num_columns < kPieceElements / 2 ? num_columns : (num_columns | 15) + 33;
+  return num_columns < kPanelColumns / 2 ? num_columns : (num_columns | 15) + 33;
 }
 
 typedef float Float4 __attribute__((vector_size(16)));
@@ -93,7 +88,7 @@ void copy_panel(const StridedLayout& layout, const Panel& panel, const T* data, 
   size_t length = panel.num_columns;
   int64_t stride = layout.column_stride();
   data += static_cast<int64_t>(panel.column) * stride;
-  int64_t starts[kMaxPanelRows];
+  int64_t starts[kPanelRows];
   for (size_t r = 0; r < panel.num_rows; ++r) {
     starts[r] = layout.row_start(panel.row + r);
   }
@@ -150,26 +145,31 @@ int64_t StridedLayout::row_start(size_t row) const {
 }
 
 const char* StridedReader::read(size_t begin, size_t limit, size_t& count) {
-  if (begin < first_ || begin >= end_) {
-    size_t length = layout_.row_length();
-    size_t row = begin / length;
-    if (length > kMaxPanelColumns) {
-      size_t column = begin - row * length;
-      fill(row, 1, column, std::min({limit, length - column, kPieceElements}));
-    } else {
-      size_t wanted = (walk_end_ - 1) / length + 1 - row;
-      size_t fitting = std::clamp(kPanelElements / length, kMinPanelRows, kMaxPanelRows);
-      fill(row, std::min(wanted, fitting), 0, length);
-    }
+  size_t length = layout_.row_length();
+  size_t row = begin / length;
+  size_t column = begin % length;
+  bool is_here =
+      row >= row_ && row < row_ + num_rows_ && column >= column_ && column < column_ + num_columns_;
+  if (!is_here) {
+    size_t first_column = column / kPanelColumns * kPanelColumns;
+    size_t columns = std::min(kPanelColumns, length - first_column);
+    size_t rows_left = (walk_end_ - 1) / length + 1 - row;
+    size_t rows = std::clamp(kPanelElements / columns, size_t(16), kPanelRows);
+    fill(row, std::min(rows_left, rows), first_column, columns);
   }
-  size_t row = (begin - first_) / columns_;
-  size_t column = (begin - first_) % columns_;
-  count = std::min(limit, pitch_ == columns_ ? end_ - begin : columns_ - column);
-  return reinterpret_cast<const char*>(buffer_.data()) + (row * pitch_ + column) * itemsize_;
+  size_t in_row = column - column_;
+  size_t at = (row - row_) * pitch_ + in_row;
+  // Rows that are whole and follow each other can be read on.
+  bool is_whole = num_columns_ == length && pitch_ == length;
+  count = std::min(limit, is_whole ? num_rows_ * length - at : num_columns_ - in_row);
+  return reinterpret_cast<const char*>(buffer_.data()) + at * itemsize_;
 }
 
 void StridedReader::fill(size_t row, size_t num_rows, size_t column, size_t num_columns) {
-  columns_ = num_columns;
+  row_ = row;
+  num_rows_ = num_rows;
+  column_ = column;
+  num_columns_ = num_columns;
   pitch_ = num_rows == 1 ? num_columns : pitch_of(num_columns);
   size_t bytes = num_rows * pitch_ * itemsize_;
   if (buffer_.size() * sizeof(uint32_t) < bytes) {
@@ -182,8 +182,6 @@ void StridedReader::fill(size_t row, size_t num_rows, size_t column, size_t num_
     auto* out = reinterpret_cast<uint16_t*>(buffer_.data());
     copy_panel(layout_, panel, reinterpret_cast<const uint16_t*>(data_), out);
   }
-  first_ = row * layout_.row_length() + column;
-  end_ = first_ + num_rows * num_columns;
 }
 
 }  // namespace flatstep

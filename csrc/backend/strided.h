@@ -15,6 +15,11 @@ namespace flatstep {
 
 namespace mx = mlx::core;
 
+// What is copied at once: so many rows, to use whole cache lines of a transposed array, of at most
+// so many columns. A walk that goes through one panel after the other copies each element once.
+inline constexpr size_t kPanelRows = 64;
+inline constexpr size_t kPanelColumns = 1024;
+
 // The layout of an array, without the array: neighbouring dimensions that one stride can walk are
 // merged. What is left is a number of rows, and the dimension of their elements.
 class StridedLayout {
@@ -26,6 +31,10 @@ class StridedLayout {
   }
   int64_t column_stride() const {
     return strides_.back();
+  }
+  // True when a walk along a row touches a new cache line for every element.
+  bool crosses_lines() const {
+    return column_stride() != 0 && column_stride() != 1;
   }
   // Where row `row` starts, in elements from the start of the array.
   int64_t row_start(size_t row) const;
@@ -61,10 +70,12 @@ class StridedReader {
   size_t itemsize_;
   size_t walk_end_;
   std::vector<uint32_t>& buffer_;
-  size_t first_{0};  // the elements that the buffer holds
-  size_t end_{0};
-  size_t columns_{1};  // of them in a row of the buffer
-  size_t pitch_{1};    // from row to row
+  // The panel that the buffer holds.
+  size_t row_{0};
+  size_t num_rows_{0};
+  size_t column_{0};
+  size_t num_columns_{0};
+  size_t pitch_{1};  // from row to row in the buffer
 };
 
 }  // namespace flatstep
