@@ -153,7 +153,13 @@ def print_goals(results: list[Result], console: Console) -> bool:
 
 
 def thread_count(text: str) -> int | None:
-    return None if text == "all" else int(text)
+    if text == "all":
+        return None
+    if not (text.isdecimal() and 1 <= int(text) <= 1024):
+        raise argparse.ArgumentTypeError(
+            f"should be 'all' or a number from 1 to 1024, not {text!r}"
+        )
+    return int(text)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -98,7 +98,15 @@ void copy_panel(const StridedLayout& layout, const Panel& panel, const T* data, 
     }
     return;
   }
+  constexpr size_t kLine = 64 / sizeof(T);
   for (size_t c = 0; c < length; c += kTile) {
+    // Each column lies in a page of its own, which no hardware prefetcher foresees.
+    for (size_t ahead = c + kTile; ahead < std::min(c + 2 * kTile, length); ++ahead) {
+      const T* column = data + static_cast<int64_t>(ahead) * stride;
+      for (size_t r = 0; r < panel.num_rows; r += kLine) {
+        __builtin_prefetch(column + starts[r]);
+      }
+    }
     for (size_t r = 0; r < panel.num_rows; r += kTile) {
       copy_tile(
           data + static_cast<int64_t>(c) * stride,
