@@ -280,7 +280,7 @@ void run(const Job& job) {
   // In blocks. Long enough for a thread to find whole panels, short enough for all to have work.
   size_t total = job.plan->p_blocks;
   size_t share = (total + num_threads() - 1) / num_threads();
-  size_t grain = std::clamp<size_t>(total / (8 * num_threads()), 256, 2048);
+  size_t grain = std::clamp<size_t>(total / (32 * num_threads()), 64, 2048);
   for (const Input& gradient : job.gradients) {
     size_t panel = gradient.long_row() * kPanelRows / kBlock;
     grain = std::max(grain, std::min(panel, share));
