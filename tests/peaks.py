@@ -1,9 +1,11 @@
 """Memory of an update and of a training step, as MLX counts it.
 
 Run as a program it measures one kind of training step in a process of its own, where no cache of
-another kind's memory is in the way: `python peaks.py flatstep eager` prints numbers as JSON.
+another kind's memory is in the way: `python peaks.py flatstep eager` prints numbers as JSON, and
+`--dims 512 --layers 12 --bucket-mib 32` gives a row of the table in docs/engine.md.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -75,7 +77,19 @@ def training_step_memory(module: Any, compiled: bool, steps: int = 4) -> dict[st
     }
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=training_step_memory.__doc__)
+    parser.add_argument("library", choices=["flatstep", "mlx"])
+    parser.add_argument("mode", choices=["eager", "compiled"])
+    parser.add_argument("--dims", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--bucket-mib", type=int, default=flatstep.state.BUCKET_BYTES >> 20)
+    chosen = parser.parse_args()
+    flatstep.state.BUCKET_BYTES = chosen.bucket_mib << 20
+    module = flatstep if chosen.library == "flatstep" else mlx.optimizers
+    compiled = chosen.mode == "compiled"
+    print(json.dumps(training_step_memory(module, compiled, chosen.dims, chosen.layers)))
+
+
 if __name__ == "__main__":
-    library, mode = sys.argv[1:]
-    module = {"flatstep": flatstep, "mlx": mlx.optimizers}[library]
-    print(json.dumps(training_step_memory(module, compiled=mode == "compiled")))
+    main()
