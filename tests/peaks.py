@@ -43,13 +43,15 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in leaves(tree).values())
 
 
-def training_step_memory(module: Any, compiled: bool, steps: int = 4) -> dict[str, int]:
+def training_step_memory(
+    module: Any, compiled: bool, dims: int = 512, layers: int = 6, steps: int = 6
+) -> dict[str, int]:
     """Peak memory of whole training steps, each evaluated at once, of a transformer whose
     parameters need more memory than its activations."""
     from transformer import ByteTransformer, loss_fn
 
     mx.random.seed(0)
-    model = ByteTransformer(dims=512, layers=4, heads=8)
+    model = ByteTransformer(dims=dims, layers=layers, heads=8)
     optimizer = module.AdamW(1e-3)
     optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), optimizer.state)
