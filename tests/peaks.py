@@ -44,7 +44,7 @@ def nbytes(tree: Any) -> int:
 
 
 def training_step_memory(
-    module: Any, compiled: bool, dims: int = 512, layers: int = 6, steps: int = 6
+    module: Any, compiled: bool, dims: int = 512, layers: int = 4, steps: int = 6
 ) -> dict[str, int]:
     """Peak memory of whole training steps, each evaluated at once, of a transformer whose
     parameters need more memory than its activations."""
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("library", choices=["flatstep", "mlx"])
     parser.add_argument("mode", choices=["eager", "compiled"])
     parser.add_argument("--dims", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--bucket-mib", type=int, default=flatstep.state.BUCKET_BYTES >> 20)
     chosen = parser.parse_args()
     flatstep.state.BUCKET_BYTES = chosen.bucket_mib << 20
