@@ -137,7 +137,7 @@ STATE_ITEMSIZE = 4  # flatstep keeps float32 state whatever the parameters are
 
 @dataclass(frozen=True)
 class Setting:
-    """One measurement; `threads` is None for all cores."""
+    """One measurement; `threads` is None for all cores, which labels don't mention."""
 
     case: str
     rule: str = "adamw"
@@ -173,8 +173,8 @@ class Setting:
     @property
     def manner(self) -> str:
         """How the case's tensors are updated."""
-        threads = {None: "all threads", 1: "1 thread"}.get(self.threads, f"{self.threads} threads")
-        return f"{RULES[self.rule].label} {self.dtype}, {threads}"
+        threads = {None: "", 1: ", 1 thread"}.get(self.threads, f", {self.threads} threads")
+        return f"{RULES[self.rule].label} {self.dtype}{threads}"
 
     @property
     def label(self) -> str:

@@ -3,8 +3,8 @@
 A step is what a training loop pays once the gradients are there: new parameters and state from
 given gradients, evaluated, the old ones let go. All start from random values of the case's shapes.
 
-Peers store the state in the parameters' dtype, so with bfloat16 they move fewer bytes than the floor
-and flatstep do, at the price of a `v` that can't decay.
+Peers store the state in the parameters' dtype: with bfloat16 they move fewer bytes than the floor and
+flatstep do, at the price of a `v` that can't decay.
 """
 
 import importlib
@@ -19,15 +19,22 @@ from .floor import MAX_BYTES
 from .memory import resident_bytes_above
 
 FLATSTEP = ("flatstep eager", "flatstep compiled")
-# By process: torch's and XLA's threads spin while they wait for work, and two pools that spin in
-# one process spoil each other's figures. flatstep's and MLX's threads sleep.
+# By process, each with a floor of its own. torch's and XLA's threads spin while they wait for work,
+# and two pools that spin in one process spoil each other's figures. A step of mlx.optimizers leaves
+# tens of thousands of freed nodes on the heap, which slow the allocations of whoever comes next.
 GROUPS = {
-    "mlx": (*FLATSTEP, "mlx eager", "mlx compiled"),
+    "flatstep": FLATSTEP,
+    "mlx": ("mlx eager", "mlx compiled"),
     "torch": ("torch fused", "torch foreach"),
     "optax": ("optax jit",),
 }
 SPINNING = ("torch", "optax")
-MODULES = {"mlx": ("flatstep",), "torch": ("torch",), "optax": ("jax", "optax")}
+MODULES = {
+    "flatstep": ("flatstep",),
+    "mlx": ("flatstep",),
+    "torch": ("torch",),
+    "optax": ("jax", "optax"),
+}
 LEARNING_RATE = 1e-3
 BLOCK = 2**20
 
@@ -66,6 +73,7 @@ def bytes_needed(setting: Setting, names: tuple[str, ...]) -> int:
 def make_contenders(setting: Setting, names: tuple[str, ...]) -> dict[str, Contender]:
     """Contenders of one group, on the same initial values."""
     make: dict[str, Callable[[Setting, tuple[str, ...]], dict[str, Contender]]] = {
+        "flatstep": _make_mlx,
         "mlx": _make_mlx,
         "torch": _make_torch,
         "optax": _make_optax,

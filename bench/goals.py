@@ -54,7 +54,7 @@ COST = tuple(Setting(f"cost-{count}") for count in (10, 1_000, 10_000))
 
 def near_floor(setting: Setting, bound: float) -> Goal:
     return Goal(
-        f"{setting.label}: time over the floor's",
+        f"{setting.label}: over the floor",
         lambda results: max(results[setting].series[name].ratio for name in FLATSTEP),
         bound,
         settings=(setting,),
@@ -73,7 +73,7 @@ def faster_than(setting: Setting, peer: str, bound: float) -> Goal:
 
 def little_memory(setting: Setting) -> Goal:
     return Goal(
-        f"{setting.label}: memory above what is held, of the state",
+        f"{setting.label}: memory above what is held / state",
         lambda results: 100 * extra_part(results[setting]),
         1,
         "%",
@@ -128,19 +128,19 @@ GOALS = {
         near_floor(GPT2_SGD, 1.05),
         near_floor(GPT2_BF16, 1.1),
         Goal(
-            "10⁶ elements in 10 to 10,000 tensors: each tensor",
+            "10⁶ elements in 10 to 10,000 tensors: cost of a tensor",
             cost_per_tensor,
             2,
             " µs",
             settings=COST,
         ),
         Goal(
-            "10⁶ elements: slope above 1,000 tensors over that below",
+            "10⁶ elements: slope above 1,000 tensors / slope below",
             cost_growth,
             1.25,
             settings=COST,
         ),
-        Goal("every case: memory above what is held, of the state", most_memory, 1, "%"),
+        Goal("every case: memory above what is held / state", most_memory, 1, "%"),
     ],
 }
 

@@ -79,6 +79,7 @@ def cost_table(results: list[Result]) -> Table:
         "ms for 10⁶ elements in",
         *(f"{len(result.setting.shapes):,}" for result in results),
         box=box.SIMPLE_HEAD,
+        min_width=90,
         title=f"Cost against the number of tensors, {results[0].setting.manner}",
         caption=_warning(results),
         title_justify="left",

@@ -121,7 +121,14 @@ def test_another_mlx_is_refused_with_the_remedy(
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5", "1025", "²"])
+def test_an_empty_thread_count_means_the_default() -> None:
+    environment = {**os.environ, "FLATSTEP_NUM_THREADS": ""}
+    assert (
+        subprocess.run([sys.executable, "-c", "import flatstep"], env=environment).returncode == 0
+    )
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "1025", "²"])
 def test_a_bad_thread_count_is_refused_at_import(value: str) -> None:
     process = subprocess.run(
         [sys.executable, "-c", "import flatstep"],
