@@ -3,8 +3,8 @@
 A step is what a training loop pays once the gradients are there: new parameters and state from
 given gradients, evaluated, the old ones let go. All start from random values of the case's shapes.
 
-Peers store the state in the parameters' dtype: with bfloat16 they move fewer bytes than the floor and
-flatstep do, at the price of a `v` that can't decay.
+Peers store the state in the dtype of the parameters: with bfloat16 they move fewer bytes than the
+floor and flatstep do, at the price of a `v` that can't decay.
 """
 
 import importlib

@@ -289,8 +289,8 @@ class FusedOptimizer(Optimizer):
                 raise TypeError(f"flat_update: {name} should be an mlx.core.array, got {array!r}")
             if array.ndim != 1 or array.shape != parameter.shape:
                 raise ValueError(
-                    f"flat_update: {name} of shape {tuple(array.shape)} should have the parameter's "
-                    f"shape, which should be one-dimensional and is {tuple(parameter.shape)}"
+                    f"flat_update: {name} of shape {tuple(array.shape)} should have the "
+                    f"parameter's, which should be one-dimensional and is {tuple(parameter.shape)}"
                 )
             if array.dtype not in FLOATING:
                 raise unsupported(f"flat_update: {name}", array.dtype)
