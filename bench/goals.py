@@ -73,7 +73,7 @@ def faster_than(setting: Setting, peer: str, bound: float) -> Goal:
 
 def little_memory(setting: Setting) -> Goal:
     return Goal(
-        f"{setting.label}: memory above what is held / state",
+        f"{setting.label}: extra memory / state",
         lambda results: 100 * extra_part(results[setting]),
         1,
         "%",
@@ -140,7 +140,7 @@ GOALS = {
             1.25,
             settings=COST,
         ),
-        Goal("every case: memory above what is held / state", most_memory, 1, "%"),
+        Goal("every case: extra memory / state", most_memory, 1, "%"),
     ],
 }
 
@@ -174,5 +174,5 @@ def goal_table(title: str, verdicts: list[Verdict]) -> Table:
             continue
         word = "[green]met[/]" if verdict.is_met else "[red]not met[/]"
         note = ", [yellow]noisy[/]" if verdict.is_noisy else ""
-        table.add_row(goal.text, bound, f"{verdict.figure:.2f}{goal.unit}", word + note)
+        table.add_row(goal.text, bound, f"{verdict.figure:.3f}{goal.unit}", word + note)
     return table

@@ -403,21 +403,3 @@ def test_an_interrupted_update_has_either_happened_or_not(case: Case) -> None:
 def test_a_number_of_threads_out_of_range_is_refused(threads: int) -> None:
     with pytest.raises(ValueError, match=f"from 1 to 1024, {threads}"):
         _ext.set_num_threads(threads)
-
-
-def test_threads_that_the_system_does_not_give_are_done_without() -> None:
-    program = """
-import resource
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20),) * 2)
-_ext.set_num_threads(1024)
-try:
-    for _ in range(3):
-        params = step(params)
-    values(params)
-except RuntimeError as error:
-    # The threads' stacks may have left no memory for the step itself.
-    assert "out of memory" in str(error)
-print("done")
-"""
-    assert output_of(start(program)) == "done\n"

@@ -27,6 +27,13 @@ size_t pitch_of(size_t num_columns) {
 
 typedef float Float4 __attribute__((vector_size(16)));
 
+#if defined(__clang__)
+#define FLATSTEP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC has had that only since version 12
+typedef int32_t Int4 __attribute__((vector_size(16)));
+#define FLATSTEP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Int4{__VA_ARGS__})
+#endif
+
 // out[r * out_stride + c] = in[c * in_stride + r] for 4 x 4 elements.
 void transpose_4x4(const float* in, int64_t in_stride, float* out, size_t out_stride) {
   Float4 a, b, c, d;
@@ -34,15 +41,15 @@ void transpose_4x4(const float* in, int64_t in_stride, float* out, size_t out_st
   std::memcpy(&b, in + in_stride, 16);
   std::memcpy(&c, in + 2 * in_stride, 16);
   std::memcpy(&d, in + 3 * in_stride, 16);
-  Float4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  Float4 ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  Float4 cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  Float4 cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  Float4 ab_low = FLATSTEP_SHUFFLE(a, b, 0, 4, 1, 5);
+  Float4 ab_high = FLATSTEP_SHUFFLE(a, b, 2, 6, 3, 7);
+  Float4 cd_low = FLATSTEP_SHUFFLE(c, d, 0, 4, 1, 5);
+  Float4 cd_high = FLATSTEP_SHUFFLE(c, d, 2, 6, 3, 7);
   Float4 rows[4] = {
-      __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5),
-      __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7),
-      __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5),
-      __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7)};
+      FLATSTEP_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5),
+      FLATSTEP_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7),
+      FLATSTEP_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5),
+      FLATSTEP_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7)};
   for (size_t r = 0; r < 4; ++r) {
     std::memcpy(out + r * out_stride, &rows[r], 16);
   }

@@ -19,6 +19,7 @@ namespace flatstep {
 namespace {
 
 constexpr size_t kMaxThreads = 1024;
+constexpr int kLooks = 200;
 
 struct Loop {
   const std::function<void(size_t, size_t)>& body;
@@ -72,21 +73,36 @@ class Pool {
     {
       std::lock_guard lock(mutex_);
       loop_ = &loop;
-      ++generation_;
       busy_ = threads_.size();
+      ++generation_;
     }
     wake_.notify_all();
     loop.run();
-    std::unique_lock lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
-    loop_ = nullptr;
+    if (!soon([this] { return busy_ == 0; })) {
+      std::unique_lock lock(mutex_);
+      done_.wait(lock, [this] { return busy_ == 0; });
+    }
   }
 
  private:
+  // Looks a while before sleeping: the buckets of a step follow each other within microseconds, and
+  // to wake a sleeping thread takes up to a hundred. Yields, so that whoever has work goes first.
+  template <typename Ready>
+  static bool soon(Ready&& ready) {
+    for (int i = 0; i < kLooks; ++i) {
+      if (ready()) {
+        return true;
+      }
+      std::this_thread::yield();
+    }
+    return false;
+  }
+
   void work() {
     uint64_t seen = 0;
-    std::unique_lock lock(mutex_);
     for (;;) {
+      soon([&] { return generation_ != seen; });
+      std::unique_lock lock(mutex_);
       wake_.wait(lock, [&] { return stopping_ || generation_ != seen; });
       if (stopping_) {
         return;
@@ -106,8 +122,8 @@ class Pool {
   std::condition_variable wake_;
   std::condition_variable done_;
   Loop* loop_{nullptr};
-  uint64_t generation_{0};
-  size_t busy_{0};
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<size_t> busy_{0};
   bool stopping_{false};
   std::vector<std::thread> threads_;
 };
