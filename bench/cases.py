@@ -201,7 +201,7 @@ def default_plan() -> list[Setting]:
 
 
 def quick_plan() -> list[Setting]:
-    return [Setting(case) for case in ("lora", "tiny", "cost-10", "cost-1000", "cost-10000")]
+    return [Setting(case) for case in ("lora", "tiny", "cost-10", "cost-300", "cost-3000")]
 
 
 def goals_plan() -> list[Setting]:
