@@ -1,19 +1,8 @@
 #include "advance.h"
 
-#include "allocate.h"
 #include "backend/backend.h"
 
 namespace flatstep {
-
-namespace {
-
-void allocate_all(std::vector<mx::array>& outputs) {
-  for (mx::array& out : outputs) {
-    allocate(out);
-  }
-}
-
-}  // namespace
 
 NextStep advance(
     const mx::array& step, std::shared_ptr<const Schedule> schedule, mx::StreamOrDevice s) {
@@ -31,16 +20,6 @@ NextStep advance(
     next.learning_rate = std::move(outputs[1]);
   }
   return next;
-}
-
-void Advance::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate_all(outputs);
-  cpu_advance(*this, inputs, outputs);
-}
-
-void Advance::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate_all(outputs);
-  gpu_advance(*this, inputs, outputs);
 }
 
 }  // namespace flatstep

@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "mlx/allocator.h"
 #include "mlx/array.h"
@@ -17,6 +18,12 @@ inline void allocate(mlx::core::array& out) {
         "[flatstep] out of memory: could not allocate " + std::to_string(out.nbytes()) + " bytes.");
   }
   out.set_data(std::move(data));
+}
+
+inline void allocate_all(std::vector<mlx::core::array>& outputs) {
+  for (auto& out : outputs) {
+    allocate(out);
+  }
 }
 
 }  // namespace flatstep

@@ -6,6 +6,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "backend/backend.h"
 #include "backend/cpu_dispatch.h"
 #include "backend/floor.h"
 #include "backend/thread_pool.h"
@@ -269,6 +270,13 @@ void bind_cpu(nb::module_& m) {
         return result;
       },
       "How often a bucket's buffer was written in place, and how often to fresh memory.");
+  m.def(
+      "gpu_backend",
+      [] {
+        const char* name = gpu_backend_name();
+        return name ? std::optional<std::string>(name) : std::nullopt;
+      },
+      "The GPU backend of this build, or None.");
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, "n"_a);
   m.def("cpu_loops", [] { return std::string(cpu_loops().name); });

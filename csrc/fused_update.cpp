@@ -8,7 +8,6 @@
 #include "array_uses.h"
 #include "backend/backend.h"
 #include "dtypes.h"
-#include "mlx/stream.h"
 #include "mlx/utils.h"
 
 namespace flatstep {
@@ -27,11 +26,15 @@ AtomicCounters& counters() {
   return instance;
 }
 
+// Where a flat array may start in its memory, in bytes: a GPU's vector loads need it.
+constexpr int64_t kAlignment = 16;
+
 // True when nothing but this primitive's input lists, one for each of its outputs, holds the array,
 // and nothing but the array its memory.
 bool is_ours_alone(const mx::array& a, long num_outputs) {
   return descriptor_uses(a) == num_outputs && memory_uses(a) == 1 &&
-         a.data_shared_ptr()->is_owned() && a.flags().row_contiguous && a.data_size() == a.size();
+         a.data_shared_ptr()->is_owned() && a.flags().row_contiguous && a.data_size() == a.size() &&
+         a.offset() % kAlignment == 0;
 }
 
 // Of parameters in one buffer: true when nobody else holds one of them, or the buffer.
@@ -100,7 +103,7 @@ bool lie_in_one_buffer(const BucketPlan& plan, const mx::array* parameters) {
     }
   }
   size_t needed = static_cast<size_t>(first.offset()) + plan.p_blocks * kBlock * itemsize;
-  return memory->is_owned() && first.buffer_size() >= needed;
+  return memory->is_owned() && first.offset() % kAlignment == 0 && first.buffer_size() >= needed;
 }
 
 ReuseCounters reuse_counters() {
@@ -145,9 +148,10 @@ UpdateOutputs fused_update(
   return result;
 }
 
-template <typename Settle>
 void FusedUpdate::place_outputs(
-    const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Settle&& settle) const {
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs,
+    const std::function<void()>& settle) const {
   auto num_outputs = static_cast<long>(outputs.size());
   const mx::array* parameters = &inputs[first_parameter_input()];
   bool in_place = lie_in_one_buffer(*plan_, parameters);
@@ -173,19 +177,6 @@ void FusedUpdate::place_outputs(
       ++counters().state_fresh;
     }
   }
-}
-
-void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  // Work that is still queued holds the buffers that it reads, the backward pass's reads of the
-  // weights above all. Waiting for it costs nothing: this step needs its gradients anyway.
-  place_outputs(inputs, outputs, [this] { mx::synchronize(stream()); });
-  cpu_fused_update(*this, inputs, outputs);
-}
-
-void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  // Never synchronise here: MLX's evaluator still holds the command buffer that it would end.
-  place_outputs(inputs, outputs, [] {});
-  gpu_fused_update(*this, inputs, outputs);
 }
 
 std::vector<mx::Shape> FusedUpdate::output_shapes(const std::vector<mx::array>& inputs) {

@@ -1,6 +1,7 @@
 // The primitive that updates one bucket: every parameter in it and their state, in one pass.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -106,13 +107,15 @@ class FusedUpdate : public mx::Primitive {
     return first_parameter_input() + num_segments();
   }
 
- private:
   // Gives each output its memory: that of the input it replaces where nobody else holds that,
-  // fresh memory otherwise. `settle` is called once when only queued work stands in the way.
-  template <typename Settle>
+  // fresh memory otherwise. `settle` is called once where queued work may be what stands in the
+  // way of writing parameters in place.
   void place_outputs(
-      const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, Settle&& settle) const;
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs,
+      const std::function<void()>& settle) const;
 
+ private:
   std::shared_ptr<const BucketPlan> plan_;
   Rule rule_;
   std::shared_ptr<const Schedule> schedule_;

@@ -1,4 +1,7 @@
 // What a backend offers. Which files implement it is decided by what is linked.
+//
+// Besides what is declared here, cpu_eval.cpp defines the eval_cpu of FusedUpdate and Advance, and
+// either metal.cpp or no_gpu.cpp their eval_gpu.
 #pragma once
 
 #include <vector>
@@ -11,17 +14,16 @@ namespace flatstep {
 // Throws std::invalid_argument when this build can't run on `device`.
 void require_backend(mx::Device device);
 
-// Both find the outputs with their memory in place: an output that shares an input's memory is
-// updated in place, any other is written afresh.
+// The GPU backend of this build; null when it has none.
+const char* gpu_backend_name();
+
+// Finds the outputs with their memory in place: an output that shares an input's memory is updated
+// in place, any other is written afresh.
 void cpu_fused_update(
     FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
-void gpu_fused_update(
-    FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
 
-// Both write the next step and, with a schedule, the learning rate, to outputs with fresh memory.
+// Writes the next step and, with a schedule, the learning rate, to outputs with fresh memory.
 void cpu_advance(
-    Advance& advance, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
-void gpu_advance(
     Advance& advance, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
 
 }  // namespace flatstep

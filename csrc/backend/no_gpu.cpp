@@ -7,7 +7,7 @@ namespace flatstep {
 
 namespace {
 constexpr const char* kMessage =
-    "[flatstep] this build has no GPU backend yet: update on the CPU, with "
+    "[flatstep] this build has no GPU backend: update on the CPU, with "
     "mx.set_default_device(mx.cpu) or inside `with mx.stream(mx.cpu):`.";
 }
 
@@ -17,11 +17,15 @@ void require_backend(mx::Device device) {
   }
 }
 
-void gpu_fused_update(FusedUpdate&, const std::vector<mx::array>&, std::vector<mx::array>&) {
+const char* gpu_backend_name() {
+  return nullptr;
+}
+
+void FusedUpdate::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   throw std::runtime_error(kMessage);
 }
 
-void gpu_advance(Advance&, const std::vector<mx::array>&, std::vector<mx::array>&) {
+void Advance::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   throw std::runtime_error(kMessage);
 }
 

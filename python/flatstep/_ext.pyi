@@ -58,6 +58,9 @@ def reuse_counters() -> dict[str, int]:
     How often a bucket's buffer was written in place, and how often to fresh memory.
     """
 
+def gpu_backend() -> str | None:
+    """The GPU backend of this build, or None."""
+
 def num_threads() -> int: ...
 def set_num_threads(n: int) -> None: ...
 def cpu_loops() -> str: ...
