@@ -9,15 +9,24 @@
 
 #ifdef __METAL_VERSION__
 #include <metal_stdlib>
+// The rounding error of a sum is itself computed, which no rearranging or contraction survives.
+// Metal before 3.2 has no such pragma: there the option that MLX compiles with turns fast math off.
+#if __METAL_VERSION__ >= 320
+#pragma METAL fp math_mode(safe)
+#pragma METAL fp contract(off)
+#else
+#pragma clang fp contract(off)
+#endif
 #define FLATSTEP_FN static inline
 #define FLATSTEP_CONSTANT constant
 #define FLATSTEP_OUT(T) thread T&
 namespace flatstep {
+using namespace metal;
 FLATSTEP_FN float fused_multiply_add(float a, float b, float c) {
-  return metal::fma(a, b, c);
+  return fma(a, b, c);
 }
 FLATSTEP_FN float square_root(float x) {
-  return metal::precise::sqrt(x);
+  return precise::sqrt(x);
 }
 // On the bits, so that no fast-math mode can fold it away.
 FLATSTEP_FN bool is_nan(float x) {

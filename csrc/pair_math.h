@@ -67,8 +67,8 @@ FLATSTEP_FN Pair exponential(Pair x) {
   int k = split_by_ln2(x, 160, remainder);
   Pair value = normalized(add(pair(1.0f), small_exp_minus_one(remainder)));
   // In two factors, since 2^k alone can leave the range of a float where the result does not.
-  int half = k / 2;
-  return scaled(scaled(value, power_of_two(half)), power_of_two(k - half));
+  int first = k / 2;
+  return scaled(scaled(value, power_of_two(first)), power_of_two(k - first));
 }
 
 // sin(x) for 0 <= x <= pi / 4 by its series.

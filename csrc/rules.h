@@ -66,7 +66,10 @@ FLATSTEP_FN Element sgd(SgdStep s, Element e, float g) {
   if (HAS_MOMENTUM) {
     Pair v = add(multiply(s.momentum, e.v), multiply(s.one_minus_dampening, gradient));
     e.v = rounded(v);
-    update = NESTEROV ? add(gradient, multiply(s.momentum, normalized(v))) : v;
+    update = v;
+    if (NESTEROV) {
+      update = add(gradient, multiply(s.momentum, normalized(v)));
+    }
   }
   e.p = rounded(subtract(pair(e.p), multiply(update, s.learning_rate)));
   return e;

@@ -68,7 +68,10 @@ FLATSTEP_FN Pair exponential_value(Pair init, Pair log_rate, int32_t rate_sign, 
   Pair steps = pair_from_step(static_cast<Step>(n));
   Pair power = exponential(normalized(multiply(log_rate, steps)));
   Pair value = multiply(init, power);
-  return rate_sign < 0 && (n & 1) != 0 ? negated(value) : value;
+  if (rate_sign < 0 && (n & 1) != 0) {
+    return negated(value);
+  }
+  return value;
 }
 
 FLATSTEP_FN Pair piece_value(FLATSTEP_CONSTANT SchedulePiece& piece, SignedStep step) {

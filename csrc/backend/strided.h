@@ -26,6 +26,12 @@ class StridedLayout {
  public:
   explicit StridedLayout(const mx::array& a);
 
+  const std::vector<size_t>& shape() const {
+    return shape_;
+  }
+  const std::vector<int64_t>& strides() const {
+    return strides_;
+  }
   size_t row_length() const {
     return shape_.back();
   }

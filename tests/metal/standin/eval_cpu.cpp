@@ -1,0 +1,47 @@
+// In the place of csrc/backend/cpu_eval.cpp: updates on the CPU's streams take the GPU backend.
+//
+// What it encodes is run by a task of the stream, after all that was queued before, as a GPU would.
+#include "allocate.h"
+#include "backend/backend.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/backend/metal/device.h"
+#include "mlx/stream.h"
+#include "settings.h"
+#include "standin.h"
+
+namespace flatstep {
+
+namespace {
+
+template <typename Primitive>
+void eval_as_gpu(
+    Primitive& primitive, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  mx::Stream stream = primitive.stream();
+  auto& recorded = mx::metal::get_command_encoder(stream).get_command_buffer()->encoder;
+  recorded.take();  // what an error has left
+  primitive.eval_gpu(inputs, outputs);
+  mx::cpu::get_command_encoder(stream).dispatch(
+      [commands = recorded.take()] { standin::run(commands); });
+}
+
+}  // namespace
+
+void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  if (standin::settings().use_gpu) {
+    eval_as_gpu(*this, inputs, outputs);
+    return;
+  }
+  place_outputs(inputs, outputs, [this] { mx::synchronize(stream()); });
+  cpu_fused_update(*this, inputs, outputs);
+}
+
+void Advance::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  if (standin::settings().use_gpu) {
+    eval_as_gpu(*this, inputs, outputs);
+    return;
+  }
+  allocate_all(outputs);
+  cpu_advance(*this, inputs, outputs);
+}
+
+}  // namespace flatstep

@@ -1,0 +1,17 @@
+// What the tests have set.
+#pragma once
+
+#include <string>
+
+namespace flatstep::standin {
+
+struct Settings {
+  bool use_gpu{true};
+  std::string compiler;
+  std::string folder;
+  int max_threads{1024};
+};
+
+Settings& settings();
+
+}  // namespace flatstep::standin
