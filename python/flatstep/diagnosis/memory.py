@@ -1,0 +1,98 @@
+"""What a step does to memory: it updates its own in place, and leaves alone what others hold."""
+
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+
+import flatstep
+from flatstep import _ext
+
+from .cases import ADAMW, FLOAT32, MIXES, MOMENTUM, Case
+from .comparison import DiscrepancyError, Training, check_same, flattened, joined, random_leaves
+
+Check = Callable[[mx.Device], None]
+
+
+def checks(quick: bool) -> dict[str, Check]:
+    """The checks by their names."""
+    cases = [
+        Case(*rule, dtypes, compiled=compiled)
+        for rule in (ADAMW, MOMENTUM)
+        for dtypes in (FLOAT32, MIXES[1])
+        for compiled in (False, True)
+    ]
+    found: dict[str, Check] = {}
+    for case in cases[::3] if quick else cases:
+        found[f"a step keeps its memory: {case}"] = partial(keeps_its_memory, case)
+        found[f"what is held keeps its value: {case}"] = partial(held_values_stay, case)
+    found["flat_update keeps its memory, and gives what update gives"] = flat_update
+    return found
+
+
+def keeps_its_memory(case: Case, device: mx.Device) -> None:
+    """From the second step on, every bucket's parameters and state stay where they are."""
+    with mx.stream(device):
+        training = Training(case)
+        for seed in range(2, 4):
+            training.step(training.gradients(seed))
+        for seed in range(4, 6):
+            gradients = training.gradients(seed)
+            mx.synchronize()
+            before = _ext.reuse_counters()
+            training.step(gradients)
+            change = {name: n - before[name] for name, n in _ext.reuse_counters().items()}
+            moved = change["parameters_fresh"] + change["state_fresh"]
+            if moved or not change["parameters_in_place"] or not change["state_in_place"]:
+                counts = ", ".join(f"{name} {count}" for name, count in change.items())
+                raise DiscrepancyError(
+                    f"step {seed - 1}: some buckets were not updated in place\n"
+                    f"  expected nothing fresh, and something in place\n  got      {counts}"
+                )
+
+
+def held_values_stay(case: Case, device: mx.Device) -> None:
+    """Weights, state and gradients that a user keeps stay as they were."""
+    with mx.stream(device):
+        training = Training(case)
+        training.step(training.gradients(2))
+        training.step(training.gradients(3))
+        gradients = training.gradients(4)
+        state = flattened(training.optimizer.state)
+        held = {
+            "weight": training.leaves["matrix"],
+            "part of a weight": training.leaves["vector"][64:99],
+            "state": state["odd.1.v"],
+            "gradient": gradients["odd.0"],
+        }
+        del state
+        mx.eval(held)
+        before = {name: joined([array]) for name, array in held.items()}
+        training.step(gradients)
+        for name, array in held.items():
+            check_same(f"{name} that was held", before[name], joined([array]))
+
+
+def flat_update(device: mx.Device) -> None:
+    case = Case(*ADAMW)
+    with mx.stream(device):
+        p = random_leaves(case.shapes, 1, mx.float32)["vector"]
+        g = random_leaves(case.shapes, 2, mx.float32)["vector"]
+        ours = case.make(flatstep)
+        tree = ours.apply_gradients({"p": g}, {"p": p})
+        expected = joined([tree["p"]])
+        flat = ours.flat_update(p, g, mx.zeros_like(p), mx.zeros_like(p), step=0)
+        check_same("flat_update, compared with update", expected, joined([flat.parameter]))
+        p, state = flat.parameter, flat.state
+        mx.eval(p, state)
+        mx.synchronize()
+        del flat
+        before = _ext.reuse_counters()
+        p, state, step, _ = ours.flat_update(p, g, *state, step=1)
+        mx.eval(p, state, step)
+        after = _ext.reuse_counters()
+        if after["parameters_in_place"] == before["parameters_in_place"]:
+            raise DiscrepancyError(
+                "the second flat_update of an array that nobody else holds\n"
+                f"  expected in place\n  got      {before}, then {after}"
+            )

@@ -1,0 +1,129 @@
+"""How much of the memory's speed AdamW in float32 reaches, against copies of as many bytes."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+import flatstep
+from flatstep import _ext
+
+SIZE, QUICK_SIZE = 16 << 20, 4 << 20
+ROUNDS, QUICK_ROUNDS = 15, 7
+# Of an element: p, g, m and v are read; p, m and v are written.
+STEP_BYTES = 28
+# When the middle half of the runs spreads wider than this part of the median.
+NOISY = 0.1
+
+STEP = "flatstep's AdamW"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured on a device. Each run moves the same number of bytes."""
+
+    elements: int
+    bytes: int
+    rounds: int
+    seconds: dict[str, float]  # medians
+    spread: dict[str, float]  # of the middle half of the runs, as a part of the median
+    held_bytes: int  # by the step's parameters, gradients and state
+    extra_bytes: int  # peak memory of a step above everything that is held
+    load: float
+
+    @property
+    def share(self) -> float:
+        """Of the fastest copy's speed: the median time of that copy over the step's."""
+        copies = [seconds for name, seconds in self.seconds.items() if name != STEP]
+        return min(copies) / self.seconds[STEP]
+
+    @property
+    def is_noisy(self) -> bool:
+        return max(self.spread.values()) > NOISY or self.load > 1 + (os.cpu_count() or 1) / 4
+
+
+class _Step:
+    """AdamW of one flat array in place."""
+
+    def __init__(self, elements: int) -> None:
+        self.parameters = {"flat": mx.full((elements,), 0.5)}
+        self.gradients = {"flat": mx.contiguous(mx.full((elements,), 1e-3))}
+        self.optimizer = flatstep.AdamW(1e-5, bias_correction=True)
+        self.optimizer.init(self.parameters)
+
+    def __call__(self) -> None:
+        self.parameters = self.optimizer.apply_gradients(self.gradients, self.parameters)
+        mx.eval(self.parameters, self.optimizer.state)
+
+
+class _MLXCopy:
+    """MLX's a + b into the memory of a, over arrays so long that it moves as much as a step."""
+
+    def __init__(self, elements: int) -> None:
+        length = elements * STEP_BYTES // 12
+        self.a, self.b = mx.contiguous(mx.full((length,), 1.0)), mx.contiguous(mx.zeros((length,)))
+        mx.eval(self.a, self.b)
+
+    def __call__(self) -> None:
+        self.a += self.b
+        mx.eval(self.a)
+
+
+class _Floor:
+    """A pass of flatstep's threads over the memory of a step with next to no arithmetic."""
+
+    def __init__(self, elements: int) -> None:
+        self.arrays = [mx.contiguous(mx.full((elements,), 1e-6)) for _ in range(4)]
+        mx.eval(self.arrays)
+
+    def __call__(self) -> None:
+        p, g, *state = self.arrays
+        _ext.floor_pass(p, g, state)
+
+
+def measure(device: mx.Device, quick: bool) -> Speed:
+    elements = QUICK_SIZE if quick else SIZE
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    with mx.stream(device):
+        step = _Step(elements)
+        runs: dict[str, Callable[[], None]] = {STEP: step, "MLX's a + b": _MLXCopy(elements)}
+        if device.type == mx.cpu:
+            runs["the floor"] = _Floor(elements)
+        for run in runs.values():
+            for _ in range(3):
+                _timed(run)
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(_timed(run))
+        mx.reset_peak_memory()
+        held = mx.get_active_memory()
+        _timed(step)
+        extra = mx.get_peak_memory() - held
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return Speed(
+        elements,
+        elements * STEP_BYTES,
+        rounds,
+        medians,
+        {name: _spread(values) for name, values in times.items()},
+        4 * 4 * elements,
+        extra,
+        os.getloadavg()[0],
+    )
+
+
+def _timed(run: Callable[[], None]) -> float:
+    mx.synchronize()
+    start = time.perf_counter()
+    run()
+    mx.synchronize()
+    return time.perf_counter() - start
+
+
+def _spread(values: list[float]) -> float:
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return (third - first) / median

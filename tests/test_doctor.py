@@ -1,0 +1,211 @@
+"""`python -m flatstep doctor`: what it prints, its exit status, its JSON, and that it can fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import flatstep.__main__ as command
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from cases import random_array
+from flatstep import _ext, doctor
+from flatstep.diagnosis import cases, environment, formulas, selftest, speed
+from flatstep.diagnosis.comparison import run_case
+
+has_gpu = environment.why_not("gpu") is None
+
+CPU = mx.Device(mx.cpu)
+
+
+def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flatstep", "doctor", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+
+def verdicts(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith(("PASS", "FAIL"))]
+
+
+@pytest.fixture
+def few_checks(monkeypatch: pytest.MonkeyPatch) -> dict[str, selftest.Check]:
+    """Doctor with a table of one case, which a test may add to, and no measurements."""
+    case = cases.Case(*cases.ADAMW)
+    checks: dict[str, selftest.Check] = {str(case): lambda device: run_case(case, device)}
+    monkeypatch.setattr(selftest, "groups", lambda quick: {"rules": checks})
+
+    def measure(device: mx.Device, quick: bool) -> speed.Speed:
+        seconds = {speed.STEP: 2.0, "copy": 1.0}
+        return speed.Speed(1, 28, 1, seconds, dict.fromkeys(seconds, 0.0), 16, 0, 0.0)
+
+    monkeypatch.setattr(speed, "measure", measure)
+    return checks
+
+
+def test_a_sound_installation_passes_and_the_json_says_what_was_printed(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    process = run_doctor("--quick", "--device", "cpu", "--json", str(path))
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert verdicts(process.stdout) == process.stdout.splitlines()[-1:]
+    assert process.stdout.splitlines()[-1].startswith("PASS: all ")
+    assert max(map(len, process.stdout.splitlines())) <= 80
+
+    report = json.loads(path.read_text())
+    assert report["verdict"] == "PASS" and report["summary"] in process.stdout
+    assert report["environment"].keys() >= {"flatstep", "mlx", "Python", "system", "CPU backend"}
+    checks = report["devices"]["cpu"]["checks"]
+    assert f"all {len(checks) + 1} checks" in report["summary"]
+    assert {check["group"] for check in checks} == set(selftest.groups(quick=True))
+    assert all(check["name"] and check["problem"] is None for check in checks)
+    figures = report["devices"]["cpu"]["speed"]
+    assert figures["share"] > 0 and figures["extra_bytes"] < 0.1 * figures["held_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["doctor", "--device", "tpu"], "'tpu'"),
+        (["doctor", "--json", "no/such/folder/x.json"], "--json no/such/folder/x.json: No such"),
+        (["doctor", "--fast"], "--fast"),
+        ([], "COMMAND"),
+    ],
+)
+def test_bad_arguments_are_refused_with_their_names(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        command.main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(has_gpu, reason="this build runs on the GPU here")
+def test_a_gpu_that_cannot_be_used_is_refused_with_the_reason() -> None:
+    process = run_doctor("--device", "gpu")
+    assert process.returncode == 2
+    assert not process.stdout
+    assert f"--device gpu: {environment.why_not('gpu')}" in process.stderr
+
+
+def test_all_devices_are_those_that_work(
+    few_checks: dict[str, selftest.Check], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["doctor", "--device", "all"]) == 0
+    output = capsys.readouterr().out
+    assert "Results on the CPU" in output
+    assert ("Results on the GPU" in output) == has_gpu
+    assert has_gpu or "no tests on the GPU" in output
+
+
+def test_a_default_device_without_a_backend_gives_way_to_the_cpu(
+    few_checks: dict[str, selftest.Check],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(doctor, "default_device", lambda: "gpu")
+    monkeypatch.setattr(_ext, "gpu_backend", lambda: None)
+    assert command.main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    assert "not on MLX's default" in output and "no GPU backend" in output
+    assert verdicts(output) == ["PASS: all 2 checks on the CPU"]
+
+
+def test_a_wrong_result_is_reported_with_what_was_run_expected_and_got(
+    few_checks: dict[str, selftest.Check],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    make_rule = _ext.adam_rule
+
+    def with_another_beta(betas: Any, *arguments: Any) -> _ext.Rule:
+        return make_rule([betas[0] + 1e-6, betas[1]], *arguments)
+
+    monkeypatch.setattr(_ext, "adam_rule", with_another_beta)
+    path = tmp_path / "report.json"
+    assert command.main(["doctor", "--device", "cpu", "--json", str(path)]) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "wrong: AdamW(0.0022, weight_decay=0.1, bias_correction=True), all float32",
+        "step 1: m: ",
+        "values are wrong, the first is 'one' at 0",
+        "expected ",
+        "(float64) got ",
+        "off by ",
+        "given p=",
+        "FAIL: 1 of 2 checks: 1 of rules on the CPU",
+    ):
+        assert part in output
+    report = json.loads(path.read_text())
+    assert report["verdict"] == "FAIL"
+    assert "expected" in report["devices"]["cpu"]["checks"][0]["problem"]
+
+
+def test_an_exception_fails_its_check_and_the_next_one_runs(
+    few_checks: dict[str, selftest.Check],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("[metal] no such kernel")
+
+    sound = dict(few_checks)
+    few_checks.clear()
+    few_checks.update({"broken": broken, **sound})
+    monkeypatch.setattr(speed, "measure", broken)
+    assert command.main(["doctor", "--device", "cpu", "-v"]) == 1
+    output = capsys.readouterr().out
+    assert output.count("RuntimeError: [metal] no such kernel") == 2
+    assert "wrong broken" in output and "1 of 2 are right" in output
+    summary = "FAIL: 2 of 3 checks: 1 of rules on the CPU, 1 of speed on the CPU"
+    assert verdicts(output) == [summary]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_table_has_every_rule_dtype_schedule_and_layout(quick: bool) -> None:
+    rows = [case for group in table(quick).values() for case in group]
+    assert len({str(case) for case in rows}) == len(rows)
+    assert {(case.rule, str(case.arguments)) for case in rows} == {
+        (rule, str(arguments)) for rule, arguments in cases.RULES
+    }
+    for kind in range(3):
+        assert {case.dtypes[kind] for case in rows} == {"float32", "float16", "bfloat16"}
+    for compiled in (False, True):
+        some = [case for case in rows if case.compiled == compiled]
+        assert {case.layout for case in some} == set(cases.LAYOUTS)
+        assert {case.schedule for case in some} == set(cases.SCHEDULES)
+
+
+def table(quick: bool) -> dict[str, list[cases.Case]]:
+    return cases.quick_cases() if quick else cases.all_cases()
+
+
+@pytest.mark.parametrize("case", [cases.Case(*rule) for rule in cases.RULES], ids=str)
+def test_its_formulas_are_those_of_the_reference(case: cases.Case) -> None:
+    rng = np.random.default_rng(5)
+    arrays = {name: mx.abs(random_array((100,), rng)) for name in ("p", "g", "m", "v")}
+    expected = reference.RULES[case.rule](
+        {name: reference.to_float64(a) for name, a in arrays.items()}, 2.2e-3, 7, **case.arguments
+    )
+    with mx.stream(mx.cpu):
+        inputs = {name: array.astype(mx.float64) for name, array in arrays.items()}
+        terms = formulas.one_step(case.rule, case.arguments, inputs, 2.2e-3, 7)
+        assert terms.keys() == expected.keys()
+        for name in terms:
+            got = np.array(formulas.total(terms[name]))
+            assert np.allclose(got, reference.total(expected[name]), rtol=1e-13, atol=0)
+            for dtype in (mx.float32, mx.float16, mx.bfloat16):
+                got = np.array(formulas.ulp(formulas.largest(terms[name]), dtype))
+                assert np.array_equal(got, reference.ulp_of_largest(expected[name], dtype))
+
+
+def test_importing_flatstep_imports_no_doctor() -> None:
+    code = "import sys, flatstep; print([m for m in sys.modules if m.startswith('flatstep.d')])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert output.stdout.strip() == "[]"
