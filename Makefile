@@ -17,7 +17,7 @@ PIP = $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
 SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* python/flatstep/*.py*)
 
-.PHONY: help demo test bench lint format warnings sanitize stubs clean
+.PHONY: help demo test bench lint format warnings sanitize macos-check linux stubs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make format     let ruff and clang-format lay out the sources"
 	@echo "make warnings   compile with every compiler warning as an error"
 	@echo "make sanitize   run the engine's tests under AddressSanitizer and UBSan (Linux, GCC)"
+	@echo "make macos-check cross-compile for macOS on Linux, and check what a Mac would load"
 	@echo "make stubs      write python/flatstep/_ext.pyi anew from the built extension"
 	@echo "make clean      delete everything that the above have made"
 	@echo "PYTHON=python3.12 chooses the interpreter, 3.10 to 3.14; now: $(PYTHON) ($(PYTHON_VERSION))"
@@ -75,6 +76,22 @@ sanitize:
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  .venv-sanitize/bin/python -m pytest $(SANITIZED_TESTS) $(ARGS)
 
+# The module that a Mac would build, and what can be known of it without one. scripts/macos/ says how.
+MACOS := build/macos
+MACOS_SOABI = cpython-$(subst .,,$(PYTHON_VERSION))-darwin
+macos-check: linux $(MACOS)/.prepared
+	@$(BIN)/cmake -S . -B $(MACOS)/build -G Ninja --log-level=WARNING \
+	  --toolchain scripts/macos/toolchain.cmake -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DPython_INCLUDE_DIR=$(abspath $(MACOS)/python) \
+	  -DMLX_ROOT=$(abspath $(MACOS)/site-packages/mlx/share/cmake) -DSKBUILD_SOABI=$(MACOS_SOABI) \
+	  -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DFLATSTEP_WERROR=ON --no-warn-unused-cli
+	$(BIN)/cmake --build $(MACOS)/build -- --quiet
+	$(BIN)/python scripts/macos/check.py $(MACOS)/build/_ext.$(MACOS_SOABI).so
+	$(BIN)/python scripts/macos/faults.py $(MACOS)/build/_ext.$(MACOS_SOABI).so
+
+linux:
+	@[ "$$(uname)" = Linux ] || { echo "make macos-check: only on Linux; on a Mac, make test"; exit 1; }
+
 clean:
 	rm -rf $(VENV) .venv-sanitize build dist demo.png
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -105,8 +122,13 @@ $(VENV)/.package: $(VENV)/.build-tools $(SOURCES)
 	@touch $@
 
 # What the extras of pyproject.toml name. flatstep itself is there already.
-EXTRAS := $(foreach extra,demo test bench lint sanitize,$(VENV)/.$(extra))
+EXTRAS := $(foreach extra,demo test bench lint sanitize macos-check,$(VENV)/.$(extra))
 $(EXTRAS): $(VENV)/.%: $(VENV)/.build-tools | $(VENV)/.package
 	@echo "Installing what '$*' needs"
 	@$(PIP) install 'flatstep[$*]'
+	@touch $@
+
+$(MACOS)/.prepared: $(VENV)/.macos-check scripts/macos/prepare.py scripts/macos/macho.py
+	@echo "Preparing a build for macOS in $(MACOS)"
+	@$(BIN)/python scripts/macos/prepare.py
 	@touch $@
