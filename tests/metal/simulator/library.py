@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from simulator.errors import KernelError
 
 NUM_SLOTS = 31
-ABI = 1
+ABI = 2
 ORDERS = ("forward", "reverse", "shuffled")
 Ranges = Mapping[int, Sequence[tuple[int, int]]]
 
@@ -31,6 +31,7 @@ class _Buffer(ctypes.Structure):
         ("num_readable", ctypes.c_uint64),
         ("writable", ctypes.POINTER(_Range)),
         ("num_writable", ctypes.c_uint64),
+        ("before", ctypes.c_uint64),
     )
 
 

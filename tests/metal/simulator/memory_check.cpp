@@ -115,14 +115,15 @@ void MemoryCheck::add_buffer(
     const SimulatorDispatch& dispatch, const SimulatorParameter& parameter) {
   const SimulatorBuffer& buffer = dispatch.buffers[parameter.index];
   uint64_t begin = reinterpret_cast<uint64_t>(buffer.address);
+  uint64_t first = begin - buffer.before;
   uint64_t end = begin + buffer.size;
-  if (buffer.size == 0) {
+  if (first == end) {
     return;
   }
   auto ranges = [&](const SimulatorRange* given, uint64_t count) {
     std::vector<Range> result;
     if (!given) {
-      result.push_back({begin, end});
+      result.push_back({first, end});
     }
     for (uint64_t i = 0; given && i < count; ++i) {
       result.push_back({begin + given[i].begin, std::min(end, begin + given[i].end)});
@@ -133,7 +134,7 @@ void MemoryCheck::add_buffer(
   if (parameter.is_writable) {
     writable = ranges(buffer.writable, buffer.num_writable);
   }
-  areas_.push_back({begin, end, ranges(buffer.readable, buffer.num_readable), writable, nullptr});
+  areas_.push_back({first, end, ranges(buffer.readable, buffer.num_readable), writable, nullptr});
 }
 
 void MemoryCheck::merge_areas() {

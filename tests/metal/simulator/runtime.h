@@ -12,7 +12,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct below does.
-#define SIMULATOR_ABI 1
+#define SIMULATOR_ABI 2
 #define SIMULATOR_NUM_SLOTS 31
 
 enum SimulatorKind { SIMULATOR_BUFFER = 0, SIMULATOR_THREADGROUP = 1, SIMULATOR_POSITION = 2 };
@@ -43,6 +43,8 @@ typedef struct SimulatorBuffer {
   uint64_t num_readable;
   const SimulatorRange* writable;
   uint64_t num_writable;
+  // Bytes before the address that may be touched as well: of an array that is walked backwards.
+  uint64_t before;
 } SimulatorBuffer;
 
 typedef struct SimulatorDispatch {
