@@ -18,6 +18,7 @@ from .diagnosis.comparison import TOLERANCES
 from .diagnosis.environment import DEVICES, default_device, describe, why_not
 
 WIDTH = 80
+SHOWN = 3  # of the wrong checks of a group
 
 Report = dict[str, Any]
 
@@ -109,20 +110,23 @@ def _test(device: str, options: argparse.Namespace) -> list[Report]:
             if options.verbose:
                 mark = "wrong" if result.problem else "ok"
                 _print_wrapped(f"{mark:6}{result.name} ({result.seconds * 1e3:.0f} ms)", "    ")
-        _print_outcome(group if options.verbose else "", results)
+        _print_outcome(group, results, options.verbose)
         checks += [{"group": group, **dataclasses.asdict(result)} for result in results]
     _print_row("seconds", f"{time.perf_counter() - start:.1f}")
     return checks
 
 
-def _print_outcome(group: str, results: list[selftest.Result]) -> None:
+def _print_outcome(group: str, results: list[selftest.Result], verbose: bool) -> None:
     wrong = [result for result in results if result.problem]
-    label = f"  {group:16}" if group else ""
+    label = f"  {group:16}" if verbose else ""
     print(f"{label}{len(results) - len(wrong)} of {len(results)} are right", flush=True)
-    for result in wrong:
+    shown = wrong if verbose else wrong[:SHOWN]
+    for result in shown:
         print()
         _print_wrapped(f"wrong: {result.name}", "    ")
         print(textwrap.indent(str(result.problem), "      "))
+    if len(wrong) > len(shown):
+        print(f"\n    and {len(wrong) - len(shown)} more; -v and --json give them all")
     if wrong:
         print()
 

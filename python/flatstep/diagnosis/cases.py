@@ -22,9 +22,10 @@ class Schedule:
 
 
 def _joined(step: int) -> float:
+    # With a jump, so that a boundary that is off by one shows.
     if step < 2:
         return formulas.linear_schedule(step, 0.0, 3e-3, 2)
-    return formulas.cosine_decay(step - 2, 3e-3, 4)
+    return formulas.cosine_decay(step - 2, 2e-3, 4)
 
 
 SCHEDULES = {
@@ -47,7 +48,7 @@ SCHEDULES = {
     ),
     "join_schedules": Schedule(
         lambda optim: optim.join_schedules(
-            [optim.linear_schedule(0.0, 3e-3, 2), optim.cosine_decay(3e-3, 4)], [2]
+            [optim.linear_schedule(0.0, 3e-3, 2), optim.cosine_decay(2e-3, 4)], [2]
         ),
         _joined,
     ),
