@@ -84,7 +84,7 @@ macos-check: linux $(MACOS)/.prepared
 	  --toolchain scripts/macos/toolchain.cmake -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DPython_INCLUDE_DIR=$(abspath $(MACOS)/python) \
 	  -DMLX_ROOT=$(abspath $(MACOS)/site-packages/mlx/share/cmake) -DSKBUILD_SOABI=$(MACOS_SOABI) \
-	  -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DFLATSTEP_WERROR=ON --no-warn-unused-cli
+	  -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DFLATSTEP_WERROR=ON -Wno-unused-cli
 	$(BIN)/cmake --build $(MACOS)/build -- --quiet
 	$(BIN)/python scripts/macos/check.py $(MACOS)/build/_ext.$(MACOS_SOABI).so
 	$(BIN)/python scripts/macos/faults.py $(MACOS)/build/_ext.$(MACOS_SOABI).so
