@@ -124,7 +124,7 @@ def _print_outcome(group: str, results: list[selftest.Result], verbose: bool) ->
     for result in shown:
         print()
         _print_wrapped(f"wrong: {result.name}", "    ")
-        print(textwrap.indent(str(result.problem), "      "))
+        _print_problem(str(result.problem))
     if len(wrong) > len(shown):
         print(f"\n    and {len(wrong) - len(shown)} more; -v and --json give them all")
     if wrong:
@@ -137,7 +137,8 @@ def _measure(device: str, quick: bool) -> Report:
         measured = speed.measure(DEVICES[device], quick)
     except Exception:
         problem = traceback.format_exc().rstrip()
-        print(f"    wrong:\n{textwrap.indent(problem, '      ')}")
+        print("    wrong:")
+        _print_problem(problem)
         return {"speed": None, "speed_problem": problem}
     _print_wrapped(
         f"one float32 array of {measured.elements / 1e6:.1f} million, in place; each moves "
@@ -172,6 +173,13 @@ def _verdict(devices: dict[str, Report]) -> tuple[str, str]:
         return "PASS", f"all {count} checks on {where}"
     parts = [f"{wrong.count(place)} of {place}" for place in dict.fromkeys(wrong)]
     return "FAIL", f"{len(wrong)} of {count} checks: {', '.join(parts)}"
+
+
+def _print_problem(problem: str) -> None:
+    for line in problem.splitlines():
+        text = line.lstrip()
+        indent = " " * (6 + len(line) - len(text))
+        print(textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + " " * 9))
 
 
 def _print_row(name: str, value: str) -> None:
