@@ -15,7 +15,7 @@ SUPPORTED := 3.10 3.11 3.12 3.13 3.14
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
-SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* python/flatstep/*.py*)
+SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* python/flatstep/*.py* python/flatstep/*/*.py)
 
 .PHONY: help demo test bench lint format warnings sanitize macos-check linux stubs clean
 .DELETE_ON_ERROR:
