@@ -85,4 +85,25 @@ __attribute__((visibility("hidden"))) void* __asan_memset(void* to, int value, u
 __attribute__((visibility("hidden"))) void __asan_handle_no_return() {
 }
 
+// What each of UndefinedBehaviorSanitizer's descriptions begins with.
+struct SourceLocation {
+  const char* file;
+  uint32_t line;
+  uint32_t column;
+};
+
+#define UNDEFINED(NAME, WHAT)                                            \
+  __attribute__((visibility("hidden"))) void __ubsan_handle_##NAME(      \
+      const SourceLocation* at, uint64_t, uint64_t) {                    \
+    Threadgroup::current->fail(                                          \
+        std::string(WHAT) + "\n  " + (at->file ? at->file : "?") + ":" + \
+        std::to_string(at->line));                                       \
+  }
+UNDEFINED(out_of_bounds, "an index is outside of its array")
+UNDEFINED(divrem_overflow, "an integer is divided by zero, or the quotient overflows")
+UNDEFINED(add_overflow, "a sum of signed integers overflows")
+UNDEFINED(sub_overflow, "a difference of signed integers overflows")
+UNDEFINED(mul_overflow, "a product of signed integers overflows")
+UNDEFINED(negate_overflow, "the negative of a signed integer overflows")
+
 }  // extern "C"

@@ -64,8 +64,10 @@ _CHECKED = [
     *("-mllvm", "-asan-stack=0"),
     "-fno-vectorize",
     "-fno-slp-vectorize",
+    # Arrays of a thread's own, and what on a CPU would end the process.
+    "-fsanitize=array-bounds,integer-divide-by-zero,signed-integer-overflow",
 ]
-_OBJECT = ["-O2", "-gline-tables-only", "-fPIC", "-fvisibility=hidden", "-c"]
+_OBJECT = ["-O2", "-gline-tables-only", "-fdebug-compilation-dir=.", "-fPIC", "-fvisibility=hidden"]
 
 
 def cache_folder() -> Path:
@@ -163,7 +165,7 @@ def _compile_library(translation: Translation, library: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file, kernels = Path(folder, "kernels"), Path(folder, "kernels.o")
         file.write_text(translation.text)
-        flags = [*_FLAT, *_CHECKED, *_OBJECT, *target]
+        flags = [*_FLAT, *_CHECKED, *_OBJECT, *target, "-c"]
         _run([*find_clang(), *flags, str(file), "-o", str(kernels)])
         # The runtime alone is what other processes see.
         link = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined"]

@@ -144,7 +144,8 @@ class Library:
         if tool:
             command = [tool, "-i", "-e", str(self.path), hex(offset)]
             lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-            known = [line.split(" (")[0] for line in lines.splitlines() if "?" not in line]
+            names = [line.split(" (")[0].removeprefix("./") for line in lines.splitlines()]
+            known = [name for name in names if "?" not in name]
             where = "\n".join(f"  {line}" for line in known if "/simulator/shim/" not in line)
         return message.replace(match[0], f"\n{where}" if where else "")
 

@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-from simulator.tokens import Token, function_bodies, is_attribute, words
+from simulator.tokens import Token, function_bodies, is_attribute, is_variable, words
 from simulator.translate import ATTRIBUTES, Entry, Kernel
 
 MAX_BUFFER_INDEX = 30
@@ -35,6 +35,7 @@ _SCALAR = re.compile(
 def lint_text(tokens: list[Token]) -> list[str]:
     """Of the text as it was preprocessed, before it is translated."""
     findings = [f"{t.place}: error: MSL has no {_FORBIDDEN[t.text]}" for t in _forbidden(tokens)]
+    findings += [f"{t.place}: error: MSL has no long long" for t in _long_longs(tokens)]
     findings += [f"{t.place}: error: MSL 3.1 has no lambda expressions" for t in _lambdas(tokens)]
     findings += _pointers_without_address_space(tokens)
     findings += _threadgroup_variables_outside_kernels(tokens)
@@ -107,6 +108,10 @@ def _forbidden(tokens: list[Token]) -> list[Token]:
     ]
 
 
+def _long_longs(tokens: list[Token]) -> list[Token]:
+    return [t for i, t in enumerate(tokens) if i and t.text == tokens[i - 1].text == "long"]
+
+
 def _lambdas(tokens: list[Token]) -> list[Token]:
     found = []
     for i in range(1, len(tokens) - 1):
@@ -157,7 +162,7 @@ def _threadgroup_variables_outside_kernels(tokens: list[Token]) -> list[str]:
             if tokens[i].text != "threadgroup" or tokens[i - 1].text not in ("{", "}", ";"):
                 continue
             semicolon = next(k for k in range(i, end) if tokens[k].text == ";")
-            if not any(t.text in ("*", "&") for t in tokens[i:semicolon]):
+            if is_variable(tokens[i:semicolon]):
                 findings.append(
                     f"{tokens[i].place}: error: a threadgroup variable outside of a kernel"
                 )
@@ -193,12 +198,8 @@ def _position_problems(kernel: Kernel) -> list[str]:
     widths = {t[-1] if t[-1] in "23" else "1" for a, t in types.items() if a in in_grid}
     if len(widths) > 1:
         problems.append("positions in the grid differ in their width")
-    levels = [
-        (in_grid[0], in_grid[3]),
-        (in_grid[1], in_grid[4], in_grid[6]),
-        (in_grid[2], in_grid[5]),
-    ]
-    for level in levels:
-        if len({types[a] for a in level if a in types}) > 1:
-            problems.append(f"{' and '.join(a for a in level if a in types)} differ in their type")
+    for level in ((0, 3), (1, 4, 6), (2, 5)):
+        names = [ATTRIBUTES[i] for i in level if ATTRIBUTES[i] in types]
+        if len({types[name] for name in names}) > 1:
+            problems.append(f"{' and '.join(names)} differ in their type")
     return problems

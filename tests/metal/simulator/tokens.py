@@ -1,5 +1,5 @@
-"""Preprocessed MSL as tokens. What stands between two of them, line markers included, belongs to the
-later one, so that a token can be blanked or replaced and every line keeps its number."""
+"""Preprocessed MSL as tokens. What stands between two of them, line markers included, belongs to
+the later one, so that a token can be blanked or replaced and every line keeps its number."""
 
 import re
 from collections.abc import Iterator
@@ -142,3 +142,13 @@ def function_bodies(tokens: list[Token]) -> list[tuple[int, int]]:
         else:
             i += 1
     return bodies
+
+
+def is_variable(declaration: list[Token]) -> bool:
+    """Of the tokens of a declaration up to its `;`: no pointer and no reference."""
+    for token in declaration:
+        if token.text in ("[", "="):
+            break
+        if token.text in ("*", "&"):
+            return False
+    return True

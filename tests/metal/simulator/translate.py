@@ -16,6 +16,7 @@ from simulator.tokens import (
     end_of_angles,
     end_of_bracket,
     function_bodies,
+    is_variable,
     render,
     split_at_commas,
     words,
@@ -125,10 +126,8 @@ def _instantiation(tokens: list[Token], place: str) -> _Instantiation:
     if host_name is None:
         raise CompileError(f"{place}: error: an explicit instantiation without a host_name")
     plain = [t for t in _without_attributes(tokens[1:]) if t.text != "kernel"]
-    if plain[0].text == "decltype":
-        plain = plain[end_of_bracket(plain, 1) :]  # the name comes again
-    else:
-        plain = plain[1:]  # the return type
+    # What is left out is the return type, or a decltype, after which the name comes again.
+    plain = plain[end_of_bracket(plain, 1) if plain[0].text == "decltype" else 1 :]
     less = next((k for k, t in enumerate(plain) if t.text == "<"), None)
     if less is None:
         raise CompileError(f"{place}: error: instantiate a kernel with its template arguments")
@@ -228,8 +227,8 @@ def _rewrite_threadgroup_variables(tokens: list[Token], kernels: list[Kernel]) -
 
 
 def _rewrite_variable(tokens: list[Token], count: int) -> int:
-    if any(t.text in ("*", "&") for t in tokens):
-        return count  # a pointer into threadgroup memory
+    if not is_variable(tokens):
+        return count
     if any(t.text == "=" for t in tokens):
         raise CompileError(f"{tokens[0].place}: error: a threadgroup variable has no initializer")
     first, *others = split_at_commas(tokens[1:])
@@ -340,7 +339,11 @@ def _tables(entries: list[Entry]) -> list[str]:
         "  uint size, alignment;",
         "  int is_reference, is_writable;",
         "};",
-        "struct simulator_kernel { const char* name; const simulator_parameter* parameters; int n; };",
+        "struct simulator_kernel {",
+        "  const char* name;",
+        "  const simulator_parameter* parameters;",
+        "  int num_parameters;",
+        "};",
     ]
     for number, entry in enumerate(entries):
         lines.append(f"static const simulator_parameter simulator_parameters_{number}[] = {{")

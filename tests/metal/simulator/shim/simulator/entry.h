@@ -49,7 +49,8 @@ struct simulator_argument {
     result = static_cast<U>(values[0]);
   }
   template <typename U, int N>
-  static SIMULATOR_FN void simulator_set(thread vec<U, N>& result, const thread uint* values) {
+  static SIMULATOR_FN void simulator_set(
+      thread simulator_vector<U, N>& result, const thread uint* values) {
     for (int i = 0; i < N; ++i) {
       result[i] = static_cast<U>(values[i]);
     }

@@ -3,10 +3,50 @@
 
 namespace metal {
 
+#ifndef SIMULATOR_BFLOAT_CLASS
 template <typename T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
+template <typename T, int N>
+using simulator_vector = vec<T, N>;
+#else
+// clang has no vectors of classes: bfloat's can be loaded, stored and subscripted. From a `vec` of
+// its own a function's template arguments cannot be deduced, so the shim's functions do without.
+template <typename T, int N>
+using simulator_vector = T __attribute__((ext_vector_type(N)));
+template <typename T, int N>
+struct simulator_choose {
+  using type = simulator_vector<T, N>;
+};
+template <int N>
+struct alignas(2 * N) simulator_bfloats {
+  bfloat values[N];
+  simulator_bfloats() = default;
+  constexpr explicit simulator_bfloats(bfloat x) : values() {
+    for (int i = 0; i < N; ++i) {
+      values[i] = x;
+    }
+  }
+  constexpr bfloat& operator[](int i) {
+    return values[i];
+  }
+  constexpr const bfloat& operator[](int i) const {
+    return values[i];
+  }
+};
+template <int N>
+struct simulator_choose<bfloat, N> {
+  using type = simulator_bfloats<N>;
+};
+template <typename T, int N>
+using vec = typename simulator_choose<T, N>::type;
+#endif
 
 }  // namespace metal
+
+#ifdef SIMULATOR_BFLOAT_CLASS
+typedef metal::simulator_bfloats<2> bfloat2;
+typedef metal::simulator_bfloats<4> bfloat4;
+#endif
 
 // E is what an element is stored as.
 #define SIMULATOR_VECTORS(T, E)                                           \
@@ -162,7 +202,7 @@ struct simulator_shape {
   static constexpr constant int width = 1;
 };
 template <typename T, int N>
-struct simulator_shape<vec<T, N>> {
+struct simulator_shape<simulator_vector<T, N>> {
   using element = T;
   static constexpr constant int width = N;
 };
@@ -201,7 +241,9 @@ SIMULATOR_FN V simulator_make() {
 
 template <typename V, typename A>
 SIMULATOR_FN V simulator_make(A a) {
-  if constexpr (simulator_shape<A>::width == 1) {
+  if constexpr (__is_class(A) && __is_convertible(A, V)) {
+    return a;  // a packed vector
+  } else if constexpr (simulator_shape<A>::width == 1) {
     return static_cast<V>(static_cast<typename simulator_shape<V>::element>(a));
   } else {
     static_assert(

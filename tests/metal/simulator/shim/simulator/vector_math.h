@@ -3,40 +3,43 @@
 
 namespace metal {
 
-#define SIMULATOR_UNARY(NAME)                 \
-  template <typename T, int N>                \
-  SIMULATOR_FN vec<T, N> NAME(vec<T, N> x) {  \
-    vec<T, N> result;                         \
-    for (int i = 0; i < N; ++i) {             \
-      result[i] = NAME(static_cast<T>(x[i])); \
-    }                                         \
-    return result;                            \
+#define SIMULATOR_UNARY(NAME)                                          \
+  template <typename T, int N>                                         \
+  SIMULATOR_FN simulator_vector<T, N> NAME(simulator_vector<T, N> x) { \
+    simulator_vector<T, N> result;                                     \
+    for (int i = 0; i < N; ++i) {                                      \
+      result[i] = NAME(static_cast<T>(x[i]));                          \
+    }                                                                  \
+    return result;                                                     \
   }
-#define SIMULATOR_BINARY(NAME)                                      \
-  template <typename T, int N>                                      \
-  SIMULATOR_FN vec<T, N> NAME(vec<T, N> x, vec<T, N> y) {           \
-    vec<T, N> result;                                               \
-    for (int i = 0; i < N; ++i) {                                   \
-      result[i] = NAME(static_cast<T>(x[i]), static_cast<T>(y[i])); \
-    }                                                               \
-    return result;                                                  \
-  }                                                                 \
-  template <typename T, int N>                                      \
-  SIMULATOR_FN vec<T, N> NAME(vec<T, N> x, simulator_same<T> y) {   \
-    return NAME(x, static_cast<vec<T, N>>(y));                      \
+#define SIMULATOR_BINARY(NAME)                                                                   \
+  template <typename T, int N>                                                                   \
+  SIMULATOR_FN simulator_vector<T, N> NAME(simulator_vector<T, N> x, simulator_vector<T, N> y) { \
+    simulator_vector<T, N> result;                                                               \
+    for (int i = 0; i < N; ++i) {                                                                \
+      result[i] = NAME(static_cast<T>(x[i]), static_cast<T>(y[i]));                              \
+    }                                                                                            \
+    return result;                                                                               \
+  }                                                                                              \
+  template <typename T, int N>                                                                   \
+  SIMULATOR_FN simulator_vector<T, N> NAME(simulator_vector<T, N> x, simulator_same<T> y) {      \
+    return NAME(x, static_cast<simulator_vector<T, N>>(y));                                      \
   }
-#define SIMULATOR_TERNARY(NAME)                                                           \
-  template <typename T, int N>                                                            \
-  SIMULATOR_FN vec<T, N> NAME(vec<T, N> x, vec<T, N> y, vec<T, N> z) {                    \
-    vec<T, N> result;                                                                     \
-    for (int i = 0; i < N; ++i) {                                                         \
-      result[i] = NAME(static_cast<T>(x[i]), static_cast<T>(y[i]), static_cast<T>(z[i])); \
-    }                                                                                     \
-    return result;                                                                        \
-  }                                                                                       \
-  template <typename T, int N>                                                            \
-  SIMULATOR_FN vec<T, N> NAME(vec<T, N> x, simulator_same<T> y, simulator_same<T> z) {    \
-    return NAME(x, static_cast<vec<T, N>>(y), static_cast<vec<T, N>>(z));                 \
+#define SIMULATOR_TERNARY(NAME)                                                             \
+  template <typename T, int N>                                                              \
+  SIMULATOR_FN simulator_vector<T, N> NAME(                                                 \
+      simulator_vector<T, N> x, simulator_vector<T, N> y, simulator_vector<T, N> z) {       \
+    simulator_vector<T, N> result;                                                          \
+    for (int i = 0; i < N; ++i) {                                                           \
+      result[i] = NAME(static_cast<T>(x[i]), static_cast<T>(y[i]), static_cast<T>(z[i]));   \
+    }                                                                                       \
+    return result;                                                                          \
+  }                                                                                         \
+  template <typename T, int N>                                                              \
+  SIMULATOR_FN simulator_vector<T, N> NAME(                                                 \
+      simulator_vector<T, N> x, simulator_same<T> y, simulator_same<T> z) {                 \
+    return NAME(                                                                            \
+        x, static_cast<simulator_vector<T, N>>(y), static_cast<simulator_vector<T, N>>(z)); \
   }
 #define SIMULATOR_VECTOR_MATH \
   SIMULATOR_UNARY(exp)        \
@@ -79,14 +82,14 @@ SIMULATOR_TERNARY(clamp)
 #undef SIMULATOR_BINARY
 #undef SIMULATOR_TERNARY
 
-#define SIMULATOR_CLASSIFY(NAME)                \
-  template <typename T, int N>                  \
-  SIMULATOR_FN vec<char, N> NAME(vec<T, N> x) { \
-    vec<char, N> result;                        \
-    for (int i = 0; i < N; ++i) {               \
-      result[i] = NAME(static_cast<T>(x[i]));   \
-    }                                           \
-    return result;                              \
+#define SIMULATOR_CLASSIFY(NAME)                                          \
+  template <typename T, int N>                                            \
+  SIMULATOR_FN simulator_vector<char, N> NAME(simulator_vector<T, N> x) { \
+    simulator_vector<char, N> result;                                     \
+    for (int i = 0; i < N; ++i) {                                         \
+      result[i] = NAME(static_cast<T>(x[i]));                             \
+    }                                                                     \
+    return result;                                                        \
   }
 SIMULATOR_CLASSIFY(isnan)
 SIMULATOR_CLASSIFY(isinf)
@@ -95,15 +98,16 @@ SIMULATOR_CLASSIFY(isfinite)
 
 // The condition is what a comparison of vectors gives: integers as wide as what was compared.
 template <typename T, typename C, int N>
-SIMULATOR_FN vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<C, N> condition) {
-  vec<T, N> result;
+SIMULATOR_FN simulator_vector<T, N> select(
+    simulator_vector<T, N> a, simulator_vector<T, N> b, simulator_vector<C, N> condition) {
+  simulator_vector<T, N> result;
   for (int i = 0; i < N; ++i) {
     result[i] = condition[i] ? b[i] : a[i];
   }
   return result;
 }
 template <typename C, int N>
-SIMULATOR_FN bool any(vec<C, N> condition) {
+SIMULATOR_FN bool any(simulator_vector<C, N> condition) {
   bool result = false;
   for (int i = 0; i < N; ++i) {
     result |= condition[i] != 0;
@@ -111,7 +115,7 @@ SIMULATOR_FN bool any(vec<C, N> condition) {
   return result;
 }
 template <typename C, int N>
-SIMULATOR_FN bool all(vec<C, N> condition) {
+SIMULATOR_FN bool all(simulator_vector<C, N> condition) {
   bool result = true;
   for (int i = 0; i < N; ++i) {
     result &= condition[i] != 0;
@@ -119,7 +123,7 @@ SIMULATOR_FN bool all(vec<C, N> condition) {
   return result;
 }
 template <typename T, int N>
-SIMULATOR_FN T dot(vec<T, N> a, vec<T, N> b) {
+SIMULATOR_FN T dot(simulator_vector<T, N> a, simulator_vector<T, N> b) {
   T result = 0;
   for (int i = 0; i < N; ++i) {
     result += a[i] * b[i];
