@@ -81,11 +81,7 @@ REFUSED = {
     ),
     "buffer index past 30": ("g [[buffer(3)]]", "g [[buffer(31)]]", "past 30"),
     "buffer index used twice": ("g [[buffer(3)]]", "g [[buffer(2)]]", "used twice"),
-    "buffer index that is no literal": (
-        "g [[buffer(3)]]",
-        "g [[buffer(sizeof(int))]]",
-        "no literal",
-    ),
+    "buffer index to be computed": ("g [[buffer(3)]]", "g [[buffer(kIndex)]]", "no sum of"),
     "parameter without attribute": (
         "uint index [[thread_position_in_grid]]",
         "uint index",

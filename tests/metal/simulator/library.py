@@ -140,14 +140,14 @@ class Library:
             return message
         offset = int(match[1], 16) - 1  # a return address: the call is before it
         tool = shutil.which("addr2line")
-        where = ""
-        if tool:
-            command = [tool, "-i", "-e", str(self.path), hex(offset)]
-            lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-            names = [line.split(" (")[0].removeprefix("./") for line in lines.splitlines()]
-            known = [name for name in names if "?" not in name]
-            where = "\n".join(f"  {line}" for line in known if "/simulator/shim/" not in line)
-        return message.replace(match[0], f"\n{where}" if where else "")
+        if not tool:
+            return message.replace(match[0], "")
+        command = [tool, "-i", "-e", str(self.path), hex(offset)]
+        output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        lines = [re.sub(r"^(\./)+| \(.*", "", line) for line in output.splitlines()]
+        hidden = ("?", "/simulator/shim/", "entry points:")
+        known = [line for line in lines if not any(text in line for text in hidden)]
+        return message.replace(match[0], "".join(f"\n  {line}" for line in known))
 
 
 def _three(extents: Sequence[int]) -> list[int]:
@@ -156,7 +156,7 @@ def _three(extents: Sequence[int]) -> list[int]:
 
 def _bind(slot: _Buffer, buffer: NDArray[Any] | bytes, alive: list[Any]) -> None:
     if isinstance(buffer, bytes):
-        # numpy's buffers are aligned for every type of MSL, those of bytes are not.
+        # Aligned to 16 bytes, which bytes are not.
         buffer = np.frombuffer(buffer, np.uint8).copy()
     if not buffer.flags.c_contiguous:
         raise ValueError("The arrays of a dispatch are contiguous.")
