@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simulator
+from sample_kernels import SAMPLES, adam_arguments, adam_reference
 from simulator import ClangNotFoundError, CompileError, KernelError
-from test_simulator import SAMPLES, adam_arguments, adam_reference
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the simulator runs on Linux; a Mac has a GPU"
@@ -114,6 +114,11 @@ REFUSED = {
     ),
     "instantiation of another function": ("void sum_of_squares<float>", "void lost<float>", "lost"),
     "host name used twice": ('("half", half', '("float", half', "two kernels have the host name"),
+    "function constant": (
+        "constant float kLargest",
+        "constant bool is_large [[function_constant(0)]];\nconstant float kLargest",
+        "simulator has no function_constant",
+    ),
     "undeclared name": ("settings.eps)", "settings.epsilon)", "epsilon"),
     "character that is not ASCII": ("// of this leaf", "// d'été", ":7: error: .*not ASCII"),
 }

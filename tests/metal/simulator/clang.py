@@ -39,7 +39,7 @@ def _on_path() -> list[str] | None:
         if os.path.isdir(folder):
             names.update(n for n in os.listdir(folder) if re.fullmatch(r"clang-\d+", n))
     found = [[path] for name in sorted(names) if (path := shutil.which(name))]
-    best = max(found, key=_version, default=None)
+    best = max(found, key=_version, default=[])
     return best if best and _version(best) >= OLDEST else None
 
 
@@ -52,8 +52,8 @@ def _find(wanted: str | None) -> tuple[str, ...]:
                 f"FLATSTEP_CLANG={wanted} is no clang of version {OLDEST} or later."
             )
         return tuple(command)
-    if command := _on_path():
-        return tuple(command)
+    if installed := _on_path():
+        return tuple(installed)
     if importlib.util.find_spec("ziglang"):
         return (sys.executable, "-m", "ziglang", "clang")
     raise ClangNotFoundError(

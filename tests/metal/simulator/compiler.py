@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from simulator.clang import find_clang
@@ -167,8 +167,7 @@ def _compile_library(translation: Translation, library: Path) -> None:
         file.write_text(translation.text)
         flags = [*_FLAT, *_CHECKED, *_OBJECT, *target, "-c"]
         _run([*find_clang(), *flags, str(file), "-o", str(kernels)])
-        # The runtime alone is what other processes see.
-        link = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined"]
+        link = ["-shared", "-Wl,--no-undefined", f"-Wl,--version-script={HERE / 'exports.map'}"]
         link += [str(kernels), *map(str, _runtime()), "-o", str(library), "-lm"]
         _run([*_cxx(), *link])
 
@@ -222,7 +221,7 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:20]
 
 
-def _publish(path: Path, make) -> None:  # type: ignore[no-untyped-def]
+def _publish(path: Path, make: Callable[[Path], None]) -> None:
     """Makes `path` whole or not at all, whichever of several processes is first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix="making-"))

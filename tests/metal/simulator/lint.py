@@ -25,6 +25,8 @@ _FORBIDDEN = {
     "typeid": "run-time type information",
     "virtual": "virtual functions",
 }
+# Legal, but nobody here needs them, and the simulator would have to hand them out.
+_UNSUPPORTED = {"function_constant", "texture2d", "sampler"}
 _ADDRESS_SPACES = {"device", "constant", "threadgroup", "thread"}
 _QUALIFIERS = {"const", "volatile", "static", "inline", "constexpr", "typename", "struct"}
 _SCALAR = re.compile(
@@ -35,6 +37,9 @@ _SCALAR = re.compile(
 def lint_text(tokens: list[Token]) -> list[str]:
     """Of the text as it was preprocessed, before it is translated."""
     findings = [f"{t.place}: error: MSL has no {_FORBIDDEN[t.text]}" for t in _forbidden(tokens)]
+    findings += [
+        f"{t.place}: error: the simulator has no {t.text}" for t in tokens if t.text in _UNSUPPORTED
+    ]
     findings += [f"{t.place}: error: MSL has no long long" for t in _long_longs(tokens)]
     findings += [f"{t.place}: error: MSL 3.1 has no lambda expressions" for t in _lambdas(tokens)]
     findings += _pointers_without_address_space(tokens)

@@ -221,7 +221,7 @@ std::string MemoryCheck::access(
   if (problem.empty()) {
     return "";
   }
-  return verb + text(size) + " bytes " + where(address) + ", " + problem;
+  return verb + text(size) + " bytes, " + where(address) + ", " + problem;
 }
 
 std::string MemoryCheck::in_device(

@@ -70,7 +70,8 @@ const SimulatorParameter* simulator_parameter(int kernel, int parameter);
 // Returns 0, or 1 if the kernel or the dispatch was wrong: simulator_error() then says how. What
 // the kernel wrote up to there stays written.
 int simulator_run(const SimulatorDispatch* dispatch);
-// About this thread's latest simulator_run that failed; valid until its next one.
+// About this thread's latest simulator_run that failed; valid until its next one. `[at 0x...]` is a
+// return address in this library's file, which addr2line turns into a line of the source.
 const char* simulator_error(void);
 
 #ifdef __cplusplus

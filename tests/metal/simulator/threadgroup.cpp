@@ -351,13 +351,12 @@ void Threadgroup::let_go(uint32_t first, uint32_t end, bool is_simd) {
     }
   }
   if (!check_ || waited == AT_SIMD_FUNCTION) {
-    return;
+    return;  // a SIMD-group function orders no memory
   }
   advance_time();
   RunningThread& thread = check_->thread;
   if (is_simd) {
     uint32_t simdgroup = first / kSimdWidth;
-    // A SIMD-group barrier keeps the names of its flags.
     simd_barriers_[0][simdgroup] = flags & MEM_DEVICE ? thread.now : simd_barriers_[0][simdgroup];
     simd_barriers_[1][simdgroup] =
         flags & MEM_THREADGROUP ? thread.now : simd_barriers_[1][simdgroup];
