@@ -211,6 +211,14 @@ struct Shared { float sum; float values[8]; };
         simulator.build(text).run("k", **arguments)
 
 
+def test_a_grid_may_have_more_threadgroups_than_the_check_of_races_counts():
+    x = np.zeros(600_000, np.float32)
+    build("threadgroup float t; t = x[i]; x[i] = t + 1;").run(
+        "k", grid=(x.size,), threads=(1,), buffers={0: x}
+    )
+    assert (x == 1).all()
+
+
 def test_millions_of_threads_take_seconds():
     x = np.zeros(1 << 20, np.float32)
     library = build("x[i] = x[i] + i;")

@@ -76,6 +76,7 @@ void Threadgroup::start(const uint32_t position[3]) {
   }
   if (check_) {
     check_->clear_threadgroup_blocks();
+    leave_time();
     advance_time();
     check_->thread.group_start = check_->thread.now;
   }
@@ -319,7 +320,7 @@ void Threadgroup::exchange_values(uint32_t first, uint32_t end) {
   for (uint32_t id = first; id < end; ++id) {
     active |= threads_[id].state == AT_SIMD_FUNCTION ? 1u << (id - first) : 0u;
   }
-  // All are read before any is written: a lane's value may lie where its results go.
+  // To each lane the values of all; for those that are not active NaNs.
   for (uint32_t to = first; to < end; ++to) {
     Thread& reader = threads_[to];
     if (reader.state != AT_SIMD_FUNCTION) {
@@ -366,16 +367,17 @@ void Threadgroup::let_go(uint32_t first, uint32_t end, bool is_simd) {
   }
 }
 
+// Begins time anew when half of it is gone. A race with a threadgroup before that goes unseen.
+void Threadgroup::leave_time() {
+  if (check_->thread.now > MemoryCheck::kMaxTime / 2) {
+    check_->restart_time();
+    check_->thread = RunningThread();
+  }
+}
+
 void Threadgroup::advance_time() {
-  RunningThread& thread = check_->thread;
-  if (thread.now < MemoryCheck::kMaxTime) {
-    ++thread.now;
-    return;
+  if (check_->thread.now == MemoryCheck::kMaxTime) {
+    throw KernelFault(std::string("kernel ") + kernel_.name + ": too many barriers to check");
   }
-  // A race between what was before and what comes after goes unseen. No real dispatch is so long.
-  check_->restart_time();
-  for (auto& times : simd_barriers_) {
-    std::fill(times.begin(), times.end(), 0);
-  }
-  thread = RunningThread();
+  ++check_->thread.now;
 }

@@ -71,6 +71,7 @@ class Threadgroup {
   bool release_simdgroup(uint32_t first);
   void exchange_values(uint32_t first, uint32_t end);
   void let_go(uint32_t first, uint32_t end, bool is_simd);
+  void leave_time();
   void advance_time();
   SimulatorCall make_call(uint32_t id) const;
   char* place_block(uint32_t size, uint32_t alignment);
