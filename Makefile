@@ -8,14 +8,17 @@ VENV ?= .venv
 
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # All of the C++ runs in these. The others take long, or ask how much memory or what torch does.
-SANITIZED_TESTS := --ignore=tests/test_torch.py --ignore=tests/test_memory.py \
+SANITIZED_TESTS := --ignore=tests/test_torch.py --ignore=tests/test_memory.py --ignore=tests/metal \
   --deselect=tests/test_parity.py::test_a_thousand_steps_follow_mlx_and_float64
 SUPPORTED := 3.10 3.11 3.12 3.13 3.14
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
-SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* python/flatstep/*.py* python/flatstep/*/*.py)
+FORMATTED := $(CXX_SOURCES) $(wildcard metal/*.metal \
+  tests/metal/*/*.cpp tests/metal/*/*.h tests/metal/*/*/*.h tests/metal/*/*/*.hpp)
+SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* scripts/metal_source.py \
+  python/flatstep/*.py* python/flatstep/*/*.py)
 
 .PHONY: help demo test bench lint format warnings sanitize macos-check linux stubs clean
 .DELETE_ON_ERROR:
@@ -36,7 +39,7 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.clang
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.bench
@@ -46,13 +49,13 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	@echo "$(BIN)/clang-format --dry-run --Werror csrc"
-	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	@echo "$(BIN)/clang-format --dry-run --Werror csrc metal tests/metal"
+	@$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 stubs: $(VENV)/.lint
 	$(BIN)/python -m nanobind.stubgen --quiet --module flatstep._ext --output-file python/flatstep/_ext.pyi
@@ -131,4 +134,10 @@ $(EXTRAS): $(VENV)/.%: $(VENV)/.build-tools | $(VENV)/.package
 $(MACOS)/.prepared: $(VENV)/.macos-check scripts/macos/prepare.py scripts/macos/macho.py
 	@echo "Preparing a build for macOS in $(MACOS)"
 	@$(BIN)/python scripts/macos/prepare.py
+	@touch $@
+
+# The kernels are tested with clang, on Linux: one that is there already, or PyPI's.
+$(VENV)/.clang: $(VENV)/.test
+	@[ "$$(uname)" != Linux ] || PYTHONPATH=tests/metal $(BIN)/python -m simulator.clang >/dev/null 2>&1 \
+	  || { echo "Installing a clang for the GPU kernels' tests"; $(PIP) install 'flatstep[clang]'; }
 	@touch $@

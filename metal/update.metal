@@ -222,6 +222,13 @@ FLATSTEP_FN void update_one(
 
 // ---- A threadgroup's part of a segment. ----
 
+struct Work {
+  uint group;  // among those of the segment
+  uint passes;
+  uint thread_index;
+  uint num_threads;
+};
+
 // A pass takes FLATSTEP_THREADS runs, neighbouring threads neighbouring ones.
 template <typename R, typename P, typename M, typename V>
 FLATSTEP_FN void update_runs(
@@ -230,13 +237,11 @@ FLATSTEP_FN void update_runs(
     constant SourceSegment& segment,
     constant SourceDimension* dimensions,
     const device char* source,
-    uint group,
-    uint passes,
-    uint thread_index,
-    uint num_threads) {
-  uint64_t first_run = uint64_t(group) * passes * FLATSTEP_THREADS;
+    Work work) {
+  uint64_t first_run = uint64_t(work.group) * work.passes * FLATSTEP_THREADS;
+  uint num_runs = work.passes * FLATSTEP_THREADS;
   // A GPU may run fewer threads than asked for in a threadgroup.
-  for (uint run = thread_index; run < passes * FLATSTEP_THREADS; run += num_threads) {
+  for (uint run = work.thread_index; run < num_runs; run += work.num_threads) {
     uint64_t first = (first_run + run) * FLATSTEP_RUN;
     if (first >= segment.size) {
       return;
@@ -259,10 +264,7 @@ FLATSTEP_FN void update_tiles(
     constant SourceDimension* dimensions,
     const device char* source,
     threadgroup float* tile,
-    uint group,
-    uint passes,
-    uint thread_index,
-    uint num_threads) {
+    Work work) {
   const uint pitch = FLATSTEP_TILE + 1;  // so that a tile's column lies in different banks
   uint num_outer = segment.num_dimensions - 2;
   uint64_t num_rows = dimensions[num_outer].extent;
@@ -274,8 +276,8 @@ FLATSTEP_FN void update_tiles(
   uint num_matrices = uint(segment.size / (num_rows * num_columns));
   uint num_tiles = num_matrices * tiles_down * tiles_across;
 
-  for (uint pass = 0; pass < passes; ++pass) {
-    uint number = group * passes + pass;
+  for (uint pass = 0; pass < work.passes; ++pass) {
+    uint number = work.group * work.passes + pass;
     if (number >= num_tiles) {
       return;
     }
@@ -287,7 +289,7 @@ FLATSTEP_FN void update_tiles(
     int64_t corner = strided_offset(dimensions, num_outer, matrix) + int64_t(row) * row_stride +
                      int64_t(column) * column_stride;
 
-    for (uint i = thread_index; i < FLATSTEP_TILE * FLATSTEP_TILE; i += num_threads) {
+    for (uint i = work.thread_index; i < FLATSTEP_TILE * FLATSTEP_TILE; i += work.num_threads) {
       uint r = i % FLATSTEP_TILE;
       uint c = i / FLATSTEP_TILE;
       if (r < height && c < width) {
@@ -297,7 +299,7 @@ FLATSTEP_FN void update_tiles(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint64_t first = (uint64_t(matrix) * num_rows + row) * num_columns + column;
-    for (uint i = thread_index; i < FLATSTEP_TILE * FLATSTEP_TILE; i += num_threads) {
+    for (uint i = work.thread_index; i < FLATSTEP_TILE * FLATSTEP_TILE; i += work.num_threads) {
       uint r = i / FLATSTEP_TILE;
       uint c = i % FLATSTEP_TILE;
       if (r < height && c < width) {
@@ -312,8 +314,7 @@ FLATSTEP_FN void update_tiles(
 // ---- The kernel. ----
 
 // Each threadgroup finds its segment; the last whose first group is not beyond this one.
-FLATSTEP_FN uint
-find_segment(constant SourceSegment* segments, uint num_segments, uint group) {
+FLATSTEP_FN uint find_segment(constant SourceSegment* segments, uint num_segments, uint group) {
   uint found = 0;
   for (uint s = 1; s < num_segments; ++s) {
     if (segments[s].first_group <= group) {
@@ -419,15 +420,15 @@ template <typename R, typename P, typename M, typename V, bool HAS_TILES>
   arrays.p_out = p_out;
   arrays.m = m;
   arrays.v = v;
-  uint own_group = group - segment.first_group;
+  Work work;
+  work.group = group - segment.first_group;
+  work.passes = dispatch.passes;
+  work.thread_index = thread_index;
+  work.num_threads = num_threads;
   if (HAS_TILES && segment.source_layout == SOURCE_TILED) {
-    update_tiles<R>(
-        arrays, constants, segment, own_dimensions, source, tile, own_group, dispatch.passes,
-        thread_index, num_threads);
+    update_tiles<R>(arrays, constants, segment, own_dimensions, source, tile, work);
   } else {
-    update_runs<R>(
-        arrays, constants, segment, own_dimensions, source, own_group, dispatch.passes,
-        thread_index, num_threads);
+    update_runs<R>(arrays, constants, segment, own_dimensions, source, work);
   }
 }
 

@@ -1,0 +1,239 @@
+"""The Metal backend from Python to the kernels, run where flatstep is the stand-in's.
+
+`test_host.py` runs this file in a process of its own, with the plugin standin_plugin.py.
+"""
+
+import os
+from itertools import product
+from typing import Any
+
+import flatstep as optim
+import mlx.core as mx
+import numpy as np
+import pytest
+from cases import Case, random_array
+from flatstep import _ext
+from mlx.utils import tree_flatten
+from standin_plugin import StandIn
+
+BOUND = 20  # gradients in a dispatch
+
+COSINE = ("cosine_decay", 1e-2, 60)
+TRAINED = [
+    Case("SGD", {"momentum": 0.9, "nesterov": True}),
+    Case("SGD", {"momentum": 0.9, "weight_decay": 0.01, "dampening": 0.1}),
+    Case("Adam", {}),
+    Case("AdamW", {"weight_decay": 0.1, "bias_correction": True}),
+]
+
+
+def updates(log: list[str]) -> list[str]:
+    return [line for line in log if line.startswith("update")]
+
+
+def many(count: int, rng: np.random.Generator, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
+    return {f"p{i}": random_array((3 + i % 5, 7), rng, dtype) for i in range(count)}
+
+
+def float32(a: mx.array) -> Any:
+    return np.array(a.astype(mx.float32))
+
+
+def ulps_apart(a: mx.array, b: mx.array) -> int:
+    """How many values of their type lie between two arrays, at most."""
+    kind = {4: np.int32, 2: np.int16}[a.itemsize]
+    unsigned = {4: mx.uint32, 2: mx.uint16}[a.itemsize]
+    x, y = (np.array(v.view(unsigned)).view(kind).astype(np.int64) for v in (a, b))
+    # The bits of a negative number count down.
+    low = np.int64(np.iinfo(kind).min)
+    x, y = (np.where(v < 0, low - v, v) for v in (x, y))
+    return int(np.max(np.abs(x - y), initial=0))
+
+
+def test_this_is_the_metal_backend() -> None:
+    assert _ext.gpu_backend() == "metal"
+
+
+@pytest.mark.parametrize("case", TRAINED, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(mx.float32, mx.float32), (mx.bfloat16, mx.float32), (mx.bfloat16, mx.bfloat16)],
+    ids=["float32", "bfloat16", "bfloat16 throughout"],
+)
+def test_a_hundred_steps_agree_with_the_cpu_backend(
+    case: Case, dtype: mx.Dtype, state_dtype: mx.Dtype, standin: StandIn
+) -> None:
+    rng = np.random.default_rng(0)
+    shapes = [(40, 70), (65,), (3, 5, 7), (1,)]
+    start = {str(i): random_array(shape, rng, dtype) for i, shape in enumerate(shapes)}
+    optimizers, parameters = [], []
+    for _ in range(2):
+        schedule = optim.cosine_decay(*COSINE[1:])
+        arguments = {**case.arguments, "state_dtype": state_dtype}
+        optimizers.append(getattr(optim, case.rule)(schedule, **arguments))
+        parameters.append({k: mx.array(v) for k, v in start.items()})
+    for step in range(100):
+        gradients = {k: random_array(v.shape, rng, dtype) for k, v in start.items()}
+        gradients["0"] = random_array((70, 40), rng, dtype).T
+        for on_gpu in (False, True):
+            standin.use_gpu(on_gpu)
+            new = optimizers[on_gpu].apply_gradients(gradients, parameters[on_gpu])
+            mx.eval(new, optimizers[on_gpu].state)
+            mx.synchronize()
+            parameters[on_gpu] = new
+        flat = [
+            tree_flatten((parameters[i], dict(optimizers[i].state)), destination={})
+            for i in (False, True)
+        ]
+        for name, value in flat[0].items():
+            if name in ("1.step",):
+                assert flat[1][name].item() == value.item() == step + 1
+                continue
+            apart = ulps_apart(value, flat[1][name])
+            assert apart <= (1 if value.dtype == mx.float32 else 0), f"{name} at step {step}"
+
+
+@pytest.mark.parametrize("count", [1, 2, 19, 20, 21, 40, 41, 60, 61])
+@pytest.mark.parametrize("transposed", [False, True], ids=["contiguous", "transposed"])
+def test_a_bucket_takes_a_dispatch_for_every_twenty_gradients(
+    count: int, transposed: bool, standin: StandIn
+) -> None:
+    rng = np.random.default_rng(count)
+    parameters = many(count, rng)
+    optimizer = optim.AdamW(1e-2)
+    for _ in range(3):
+        gradients = {k: random_array(v.shape, rng) for k, v in parameters.items()}
+        if transposed:
+            gradients = {k: random_array(v.shape[::-1], rng).T for k, v in parameters.items()}
+        standin.take_log()
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+    log = standin.take_log()
+    assert len(updates(log)) == -(-count // BOUND)
+    # They write disjoint parts of the same arrays, so none has to wait for another.
+    assert all("barrier=0" in line for line in updates(log)[1:])
+    assert len(log) == len(updates(log)) + 1  # the step's count
+
+
+def test_mixed_dtypes_and_layouts_share_a_dispatch(standin: StandIn) -> None:
+    rng = np.random.default_rng(1)
+    parameters = many(20, rng)
+    dtypes = [mx.float32, mx.float16, mx.bfloat16]
+    gradients = {
+        k: random_array(v.shape[::-1], rng, dtypes[i % 3]).T
+        if i % 2
+        else random_array(v.shape, rng, dtypes[i % 3])
+        for i, (k, v) in enumerate(parameters.items())
+    }
+    optimizer = optim.SGD(1e-2, momentum=0.9)
+    for _ in range(2):
+        standin.take_log()
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+    assert len(updates(standin.take_log())) == 1
+
+
+def test_a_flat_gradient_takes_one_dispatch(standin: StandIn) -> None:
+    rng = np.random.default_rng(2)
+    p, g = (random_array((3210,), rng) for _ in range(2))
+    m, v = mx.zeros_like(p), mx.zeros_like(p)
+    mx.eval(p, g, m, v)
+    optimizer = optim.AdamW(1e-2)
+    step = mx.array(0, mx.uint64)
+    for _ in range(2):
+        standin.take_log()
+        p, (m, v), step, _ = optimizer.flat_update(p, g, m, v, step=step)
+        mx.eval(p, m, v, step)
+    assert len(updates(standin.take_log())) == 1
+
+
+def test_state_and_parameters_stay_where_they_are(standin: StandIn) -> None:
+    rng = np.random.default_rng(3)
+    parameters = many(50, rng)
+    optimizer = optim.AdamW(1e-2)
+    for step in range(5):
+        gradients = {k: random_array(v.shape, rng) for k, v in parameters.items()}
+        mx.eval(gradients)
+        before = _ext.reuse_counters()
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+        mx.synchronize()
+        after = _ext.reuse_counters()
+        moved = {k: after[k] - before[k] for k in after}
+        if step >= 2:
+            assert moved["state_fresh"] == 0 and moved["parameters_fresh"] == 0
+
+
+@pytest.mark.parametrize("most", [1, 32, 96, 250])
+def test_a_gpu_that_runs_fewer_threads_gives_the_same(most: int, standin: StandIn) -> None:
+    rng = np.random.default_rng(4)
+    parameters = {"a": random_array((2000,), rng), "b": random_array((33, 70), rng)}
+    gradients = {"a": random_array((2000,), rng), "b": random_array((70, 33), rng).T}
+    mx.eval(parameters, gradients)
+    results = []
+    for threads in (1024, most):
+        standin.set_max_threads(threads)
+        optimizer = optim.Adam(1e-2)
+        updated = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(updated)
+        results.append({k: float32(v) for k, v in updated.items()})
+    for name in parameters:
+        np.testing.assert_array_equal(results[0][name], results[1][name])
+
+
+def test_a_kernel_that_does_not_compile_is_an_exception_with_the_compilers_message(
+    standin: StandIn, tmp_path: Any
+) -> None:
+    rng = np.random.default_rng(5)
+    # A mix of dtypes that no other test here has, so its kernel is yet to be compiled.
+    parameters = {"w": random_array((4, 4), rng, mx.float16)}
+    gradients = {"w": random_array((4, 4), rng, mx.float16)}
+    mx.eval(parameters, gradients)
+    held = float32(parameters["w"])
+    optimizer = optim.SGD(1e-2, momentum=0.9, weight_decay=0.1, state_dtype=mx.bfloat16)
+    optimizer.init(parameters)
+    mx.eval(optimizer.state)
+    command = tmp_path / "fails.sh"
+    command.write_text("echo 'update.metal:12:3: error: what Apple would say' >&2\nexit 1\n")
+    good = standin.compiler
+    standin.set_compiler(f"sh {command}", str(tmp_path))
+    try:
+        updated = optimizer.apply_gradients(gradients, parameters)
+        with pytest.raises(RuntimeError, match=r"(?s)metal.*update\.metal:12:3: error: what Apple"):
+            mx.eval(updated)
+    finally:
+        standin.set_compiler(good, os.environ["FLATSTEP_STANDIN_SCRATCH"])
+    np.testing.assert_array_equal(float32(parameters["w"]), held)
+    # What failed can be evaluated once the cause is gone: nothing was lost.
+    mx.eval(updated, optimizer.state)
+    assert not np.array_equal(float32(updated["w"]), held)
+
+
+def test_a_compiled_training_step_runs_on_it(standin: StandIn) -> None:
+    rng = np.random.default_rng(6)
+    weights = {"w": random_array((8, 8), rng), "b": random_array((8,), rng)}
+    x, y = random_array((16, 8), rng), random_array((16, 8), rng)
+
+    def loss(w: dict[str, mx.array]) -> mx.array:
+        return mx.mean((x @ w["w"].T + w["b"] - y) ** 2)
+
+    results = []
+    for compiled, on_gpu in product((False, True), (False, True)):
+        standin.use_gpu(on_gpu)
+        optimizer = optim.AdamW(optim.linear_schedule(1e-2, 1e-3, 10), bias_correction=True)
+        parameters = {k: mx.array(v) for k, v in weights.items()}
+        optimizer.init(parameters)
+
+        def step(w: dict[str, mx.array], optimizer: Any = optimizer) -> dict[str, mx.array]:
+            return optimizer.apply_gradients(mx.grad(loss)(w), w)
+
+        if compiled:
+            step = mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
+        for _ in range(12):
+            parameters = step(parameters)
+            mx.eval(parameters, optimizer.state)
+        mx.synchronize()
+        results.append({k: float32(v) for k, v in parameters.items()})
+    for other in results[1:]:
+        for name in weights:
+            np.testing.assert_allclose(other[name], results[0][name], rtol=1e-6)

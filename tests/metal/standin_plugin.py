@@ -1,0 +1,64 @@
+"""A pytest plugin for a process whose flatstep is the stand-in's: `pytest -p standin_plugin`.
+
+Kernels are compiled by the simulator, and a test whose kernels did something wrong fails.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import flatstep
+import mlx.core as mx
+import pytest
+from flatstep import _ext
+
+
+class StandIn:
+    """The C interface of the stand-in (tests/metal/standin/standin.h)."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(_ext.__file__)
+        for name in ("standin_take_log", "standin_take_error"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+        scratch = os.environ["FLATSTEP_STANDIN_SCRATCH"]
+        command = f"{sys.executable} -m simulator build --no-check"
+        self.set_compiler(os.environ.get("FLATSTEP_STANDIN_COMPILER", command), scratch)
+
+    def set_compiler(self, command: str, scratch: str) -> None:
+        self.compiler = command
+        self._library.standin_set_compiler(command.encode(), scratch.encode())
+
+    def use_gpu(self, use: bool) -> None:
+        self._library.standin_use_gpu(int(use))
+
+    def set_max_threads(self, most: int) -> None:
+        self._library.standin_set_max_threads(most)
+
+    def take_log(self) -> list[str]:
+        """The dispatches since the last call."""
+        mx.synchronize()
+        return self._library.standin_take_log().decode().splitlines()
+
+    def take_error(self) -> str:
+        mx.synchronize()
+        return self._library.standin_take_error().decode()
+
+
+STANDIN = StandIn()
+
+
+def pytest_report_header() -> str:
+    return f"flatstep: {Path(flatstep.__file__).parent}, GPU backend {_ext.gpu_backend()}"
+
+
+@pytest.fixture(autouse=True)
+def standin() -> Iterator[StandIn]:
+    """The stand-in; unless a test says otherwise, all updates go through its Metal backend."""
+    STANDIN.take_error()
+    STANDIN.take_log()
+    yield STANDIN
+    STANDIN.use_gpu(True)
+    STANDIN.set_max_threads(1024)
+    assert STANDIN.take_error() == ""
