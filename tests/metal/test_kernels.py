@@ -263,8 +263,29 @@ def test_copy_brings_any_layout_into_a_flat_array(stored: Type, library: Any) ->
         np.testing.assert_array_equal(stored.decode(update.p_out[at : at + leaf.size]), leaf.values)
 
 
+@pytest.mark.parametrize("case", RULES, ids=str)
+def test_flushing_subnormals_leaves_normal_numbers_alone(case: Case, library: Any) -> None:
+    rng = np.random.default_rng(14)
+    leaves = leaves_of([FLOAT], rng)
+    update = Update(case, leaves, (FLOAT,) * 3, step=3)
+    update.run(library, instance(case, (FLOAT,) * 3), flush_to_zero=True)
+    update.check()
+
+
+@pytest.fixture(scope="session")
+def fast_library(kernel_text: str) -> Any:
+    """Compiled as if there were no NaN, which Metal's options should prevent."""
+    wanted = [instance(ADAMW, types) for types in ((FLOAT,) * 3, (BFLOAT, FLOAT, FLOAT))]
+    lines = [f'FLATSTEP_INSTANTIATE("{name}", {name})' for name in wanted]
+    return simulator.build(kernel_text + "\n".join(lines) + "\n", fast_math=True)
+
+
+@pytest.mark.parametrize("math", ["library", "fast_library"])
 @pytest.mark.parametrize("types", [(FLOAT,) * 3, (BFLOAT, FLOAT, FLOAT)], ids=["float", "bfloat"])
-def test_nan_and_infinity_are_seen(types: tuple[Type, Type, Type], library: Any) -> None:
+def test_nan_and_infinity_are_seen(
+    types: tuple[Type, Type, Type], math: str, request: pytest.FixtureRequest
+) -> None:
+    library = request.getfixturevalue(math)
     rng = np.random.default_rng(11)
     leaf = make_leaf("aligned", (7,), FLOAT, rng)
     leaf.memory[1], leaf.memory[3] = np.nan, np.inf

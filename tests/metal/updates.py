@@ -215,6 +215,7 @@ class Update:
         in_place: bool = False,
         order: str = "forward",
         check_memory: bool = True,
+        flush_to_zero: bool = False,
     ) -> None:
         """Runs the kernel, which may touch the leaves' own bytes and nothing else."""
         arguments, segments, dimensions, groups = self.tables(passes)
@@ -257,6 +258,7 @@ class Update:
             writable=touched,
             order=order,
             check_memory=check_memory,
+            flush_to_zero=flush_to_zero,
         )
 
     def _has_state(self) -> bool:

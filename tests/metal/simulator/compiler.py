@@ -75,10 +75,16 @@ def cache_folder() -> Path:
 
 
 def build(
-    source: str | Path, include_dirs: Sequence[str | Path] = (), defines: Iterable[str] = ()
+    source: str | Path,
+    include_dirs: Sequence[str | Path] = (),
+    defines: Iterable[str] = (),
+    fast_math: bool = False,
 ) -> Library:
-    """The library of a .metal file, or of text (a string with a newline). Raises CompileError."""
-    return Library(build_file(source, include_dirs, defines))
+    """The library of a .metal file, or of text (a string with a newline). Raises CompileError.
+
+    With fast math the compiler may rearrange, contract, and take it that there is no NaN.
+    """
+    return Library(build_file(source, include_dirs, defines, fast_math))
 
 
 def check(
@@ -103,16 +109,20 @@ def check(
 
 
 def build_file(
-    source: str | Path, include_dirs: Sequence[str | Path] = (), defines: Iterable[str] = ()
+    source: str | Path,
+    include_dirs: Sequence[str | Path] = (),
+    defines: Iterable[str] = (),
+    fast_math: bool = False,
 ) -> Path:
     """As `build`, but only the path of the shared library."""
     preprocessed = _preprocess(source, include_dirs, defines)
-    library = cache_folder() / f"kernels-{_digest(preprocessed)}.so"
+    math = ["-ffast-math", "-ffp-contract=fast"] if fast_math else []
+    library = cache_folder() / f"kernels-{_digest(preprocessed, *math)}.so"
     if not library.exists():
         translation = translate(tokenize(preprocessed))
         if not translation.entries:
             raise CompileError(f"{_read(source)[0]}: error: there is no kernel in it")
-        _publish(library, lambda path: _compile_library(translation, path))
+        _publish(library, lambda path: _compile_library(translation, math, path))
     return library
 
 
@@ -158,14 +168,14 @@ def _compile_checks(translation: Translation) -> list[str]:
     return findings
 
 
-def _compile_library(translation: Translation, library: Path) -> None:
+def _compile_library(translation: Translation, math: list[str], library: Path) -> None:
     machine = platform.machine()
     # Without these, half and fma are calls into libraries.
     target = ["-mfma", "-mf16c"] if machine == "x86_64" else []
     with tempfile.TemporaryDirectory() as folder:
         file, kernels = Path(folder, "kernels"), Path(folder, "kernels.o")
         file.write_text(translation.text)
-        flags = [*_FLAT, *_CHECKED, *_OBJECT, *target, "-c"]
+        flags = [*_FLAT, *_CHECKED, *_OBJECT, *target, *math, "-c"]
         _run([*find_clang(), *flags, str(file), "-o", str(kernels)])
         link = ["-shared", "-Wl,--no-undefined", f"-Wl,--version-script={HERE / 'exports.map'}"]
         link += [str(kernels), *map(str, _runtime()), "-o", str(library), "-lm"]
