@@ -27,7 +27,7 @@ help:
 	@echo "make demo       train a small transformer with mlx.optimizers and with flatstep, compare"
 	@echo "make test       build, and run the tests; ARGS goes to pytest: make test ARGS='-k adam'"
 	@echo "make bench      measure against mlx.optimizers, torch and the memory's own speed"
-	@echo "make lint       ruff, mypy and clang-format, changing nothing"
+	@echo "make lint       ruff, mypy, clang-format and the workflows' schema, changing nothing"
 	@echo "make format     let ruff and clang-format lay out the sources"
 	@echo "make warnings   compile with every compiler warning as an error"
 	@echo "make sanitize   run the engine's tests under AddressSanitizer and UBSan (Linux, GCC)"
@@ -51,6 +51,7 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 	@echo "$(BIN)/clang-format --dry-run --Werror csrc metal tests/metal"
 	@$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix-only
