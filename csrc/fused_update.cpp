@@ -37,7 +37,9 @@ bool is_ours_alone(const mx::array& a, long num_outputs) {
          a.offset() % kAlignment == 0;
 }
 
-// Of parameters in one buffer: true when nobody else holds one of them, or the buffer.
+// Of parameters in one buffer: true when nobody else holds one of them, or the buffer. What is
+// still queued holds what it reads, on a GPU until its command buffer has run; nothing else keeps
+// an update in place behind the work that reads the old values.
 bool are_ours_alone(const BucketPlan& plan, const mx::array* parameters, long num_outputs) {
   for (size_t i = 0; i < plan.segments.size(); ++i) {
     if (descriptor_uses(parameters[i]) != num_outputs) {

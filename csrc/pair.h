@@ -15,6 +15,7 @@
 #pragma METAL fp math_mode(safe)
 #pragma METAL fp contract(off)
 #else
+#pragma STDC FP_CONTRACT OFF
 #pragma clang fp contract(off)
 #endif
 #define FLATSTEP_FN static inline

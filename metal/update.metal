@@ -46,21 +46,29 @@ struct Copy {
 
 // ---- Loads and stores of a run of elements: `count` of them, at most FLATSTEP_RUN. ----
 
+// An array whose index the compiler does not know would lie in memory instead of registers. So
+// every loop over a run goes to its end, and past `count` there are zeros that nobody stores.
+#define FLATSTEP_UNROLL _Pragma("clang loop unroll(full)")
+
 struct Run {
   float at[FLATSTEP_RUN];
 };
 
 template <typename T>
 FLATSTEP_FN Run load_aligned(const device T* from, uint count) {
-  Run run;
+  Run run = {};
   if (count == FLATSTEP_RUN) {
     vec<T, FLATSTEP_RUN> values = *(const device vec<T, FLATSTEP_RUN>*)(from);
+    FLATSTEP_UNROLL
     for (uint k = 0; k < FLATSTEP_RUN; ++k) {
       run.at[k] = float(values[k]);
     }
   } else {
-    for (uint k = 0; k < count; ++k) {
-      run.at[k] = float(from[k]);
+    FLATSTEP_UNROLL
+    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
+      if (k < count) {
+        run.at[k] = float(from[k]);
+      }
     }
   }
   return run;
@@ -70,13 +78,17 @@ template <typename T>
 FLATSTEP_FN void store_aligned(device T* to, Run run, uint count) {
   if (count == FLATSTEP_RUN) {
     vec<T, FLATSTEP_RUN> values;
+    FLATSTEP_UNROLL
     for (uint k = 0; k < FLATSTEP_RUN; ++k) {
       values[k] = T(run.at[k]);
     }
     *(device vec<T, FLATSTEP_RUN>*)(to) = values;
   } else {
-    for (uint k = 0; k < count; ++k) {
-      to[k] = T(run.at[k]);
+    FLATSTEP_UNROLL
+    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
+      if (k < count) {
+        to[k] = T(run.at[k]);
+      }
     }
   }
 }
@@ -134,13 +146,16 @@ FLATSTEP_FN Run load_source(
   if (segment.source_layout == SOURCE_ALIGNED) {
     return load_aligned(source, segment.source_type, first, count);
   }
-  Run run;
-  for (uint k = 0; k < count; ++k) {
-    int64_t offset = int64_t(first + k);
-    if (segment.source_layout != SOURCE_UNALIGNED) {
-      offset = strided_offset(dimensions, segment.num_dimensions, first + k);
+  Run run = {};
+  FLATSTEP_UNROLL
+  for (uint k = 0; k < FLATSTEP_RUN; ++k) {
+    if (k < count) {
+      int64_t offset = int64_t(first + k);
+      if (segment.source_layout != SOURCE_UNALIGNED) {
+        offset = strided_offset(dimensions, segment.num_dimensions, first + k);
+      }
+      run.at[k] = load_one(source, segment.source_type, offset);
     }
-    run.at[k] = load_one(source, segment.source_type, offset);
   }
   return run;
 }
@@ -178,7 +193,8 @@ FLATSTEP_FN void update_run(
   if (R::HAS_V) {
     v = load_aligned(arrays.v + state_at, count);
   }
-  for (uint k = 0; k < count; ++k) {
+  FLATSTEP_UNROLL
+  for (uint k = 0; k < FLATSTEP_RUN; ++k) {
     Element e;
     e.p = p.at[k];
     e.m = m.at[k];
@@ -416,7 +432,7 @@ template <typename R, typename P, typename M, typename V, bool HAS_TILES>
   constant SourceSegment& segment = segments[number];
   constant SourceDimension* own_dimensions = dimensions + segment.first_dimension;
   FlatArrays<P, M, V> arrays;
-  arrays.p_in = p_in;
+  arrays.p_in = arguments.p_in_place ? p_out : p_in;
   arrays.p_out = p_out;
   arrays.m = m;
   arrays.v = v;

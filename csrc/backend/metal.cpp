@@ -176,6 +176,7 @@ class UpdateEncoder {
     StepArguments arguments{};
     arguments.hyperparameters = update_.rule().values;
     arguments.reads_step = update_.reads_step();
+    arguments.p_in_place = p_in->buffer().ptr() == outputs_[0].buffer().ptr();
     if (update_.schedule()) {
       arguments.schedule = *update_.schedule();
     }

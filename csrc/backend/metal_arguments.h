@@ -31,6 +31,8 @@ namespace flatstep {
 struct StepArguments {
   Hyperparameters hyperparameters;
   uint32_t reads_step;  // 0: the step's array is not there to be read
+  uint32_t p_in_place;  // 1: parameters are read where they are written: Metal's compiler takes it
+                        // that two buffers do not overlap
   Schedule schedule;    // without pieces: the learning rate's array is there to be read
 };
 

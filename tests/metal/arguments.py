@@ -58,7 +58,7 @@ STEP_ARGUMENTS = np.dtype(
     [
         ("hyperparameters", HYPERPARAMETERS),
         ("reads_step", "u4"),
-        ("padding", "u4"),
+        ("p_in_place", "u4"),
         ("schedule", SCHEDULE),
     ]
 )

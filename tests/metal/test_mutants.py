@@ -38,7 +38,7 @@ READ_TILE = f"uint c = i / FLATSTEP_TILE;\n      {INSIDE_TILE}"
 WRITE_TILE = f"uint c = i % FLATSTEP_TILE;\n      {INSIDE_TILE}"
 LOAD = "vec<T, FLATSTEP_RUN> values = *"
 STORE = "vec<T, FLATSTEP_RUN> values;\n"
-TAIL = "for (uint k = 0; k < count; ++k) {\n"
+TAIL = "if (k < count) {\n"
 
 # What is changed, and into what.
 MUTANTS = {
@@ -68,16 +68,16 @@ MUTANTS = {
         f"if (true) {{\n    {STORE}",
     ),
     "tail loads too much": (
-        TAIL + "      run.at[k] = float(from[k]);",
-        TAIL.replace("count", "FLATSTEP_RUN") + "      run.at[k] = float(from[k]);",
+        TAIL + "        run.at[k] = float(from[k]);",
+        TAIL.replace("k < count", "true") + "        run.at[k] = float(from[k]);",
     ),
     "tail stores too much": (
-        TAIL + "      to[k] = T(run.at[k]);",
-        TAIL.replace("count", "FLATSTEP_RUN") + "      to[k] = T(run.at[k]);",
+        TAIL + "        to[k] = T(run.at[k]);",
+        TAIL.replace("k < count", "true") + "        to[k] = T(run.at[k]);",
     ),
     "source read past its end": (
-        TAIL + "    int64_t offset",
-        TAIL.replace("count", "FLATSTEP_RUN") + "    int64_t offset",
+        TAIL + "      int64_t offset",
+        TAIL.replace("k < count", "true") + "      int64_t offset",
     ),
     "more segments than there are": ("s < num_segments", "s <= num_segments"),
     "64 bits cut to 32 in a run": (

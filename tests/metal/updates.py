@@ -222,6 +222,7 @@ class Update:
         if in_place:
             self.p_out[:] = self.p_in
         p_in = self.p_out if in_place else self.p_in
+        self.constants["p_in_place"] = in_place
         spare = np.zeros(0, np.uint8)
         buffers = {
             args.P_IN: p_in,
