@@ -1,5 +1,6 @@
 #include "fused_update.h"
 
+#include <algorithm>
 #include <atomic>
 #include <iterator>
 #include <stdexcept>
@@ -29,20 +30,19 @@ AtomicCounters& counters() {
 // Where a flat array may start in its memory, in bytes: a GPU's vector loads need it.
 constexpr int64_t kAlignment = 16;
 
-// True when nothing but this primitive's input lists, one for each of its outputs, holds the array,
-// and nothing but the array its memory.
-bool is_ours_alone(const mx::array& a, long num_outputs) {
-  return descriptor_uses(a) == num_outputs && memory_uses(a) == 1 &&
-         a.data_shared_ptr()->is_owned() && a.flags().row_contiguous && a.data_size() == a.size() &&
-         a.offset() % kAlignment == 0;
+// True when nobody but this update, in `own_uses` places, holds the array, and nothing but the
+// array its memory.
+bool is_ours_alone(const mx::array& a, long own_uses) {
+  return descriptor_uses(a) == own_uses && memory_uses(a) == 1 && a.data_shared_ptr()->is_owned() &&
+         a.flags().row_contiguous && a.data_size() == a.size() && a.offset() % kAlignment == 0;
 }
 
 // Of parameters in one buffer: true when nobody else holds one of them, or the buffer. What is
 // still queued holds what it reads, on a GPU until its command buffer has run; nothing else keeps
 // an update in place behind the work that reads the old values.
-bool are_ours_alone(const BucketPlan& plan, const mx::array* parameters, long num_outputs) {
+bool are_ours_alone(const BucketPlan& plan, const mx::array* parameters, long own_uses) {
   for (size_t i = 0; i < plan.segments.size(); ++i) {
-    if (descriptor_uses(parameters[i]) != num_outputs) {
+    if (descriptor_uses(parameters[i]) != own_uses) {
       return false;
     }
   }
@@ -52,6 +52,22 @@ bool are_ours_alone(const BucketPlan& plan, const mx::array* parameters, long nu
 void share_whole(const mx::array& source, mx::array& out) {
   mx::Strides strides = out.strides();
   out.copy_shared_buffer(source, strides, {true, true, out.size() <= 1}, out.size());
+}
+
+// True while a function is traced: what is evaluated then is read again at every replay.
+bool is_tracing() {
+  // MLX tells it only of an array that is marked as a tracer.
+  static const mx::array* probe = [] {
+    auto* a = new mx::array(0.0f);
+    a->set_tracer(true);
+    return a;
+  }();
+  return probe->is_tracer();
+}
+
+bool are_available(const std::vector<mx::array>& arrays) {
+  return std::all_of(
+      arrays.begin(), arrays.end(), [](const mx::array& a) { return a.is_available(); });
 }
 
 void require(bool ok, const char* message) {
@@ -124,54 +140,92 @@ UpdateOutputs fused_update(
   require_backend(stream.device);
 
   auto node = std::make_shared<FusedUpdate>(stream, plan, rule, schedule);
-  std::vector<mx::array> inputs;
-  inputs.reserve(node->first_gradient_input() + node->num_segments());
+  std::vector<mx::array> own;
+  own.reserve(node->first_gradient_operand());
   if (node->reads_step()) {
-    inputs.push_back(std::move(in.step));
+    own.push_back(std::move(in.step));
   }
   if (!schedule) {
-    inputs.push_back(std::move(*in.learning_rate));
+    own.push_back(std::move(*in.learning_rate));
   }
   std::vector<mx::Shape> shapes{plan->p_shape()};
   std::vector<mx::Dtype> dtypes{plan->dtype};
   for (auto& state : in.state) {
     shapes.push_back(state.shape());
     dtypes.push_back(state.dtype());
-    inputs.push_back(std::move(state));
+    own.push_back(std::move(state));
   }
-  for (auto* leaves : {&in.parameters, &in.gradients}) {
-    for (const Segment& segment : plan->segments) {
-      inputs.push_back(std::move((*leaves)[segment.position]));
-    }
+  std::vector<mx::array> gradients;
+  gradients.reserve(node->num_segments());
+  for (const Segment& segment : plan->segments) {
+    own.push_back(std::move(in.parameters[segment.position]));
+    gradients.push_back(std::move(in.gradients[segment.position]));
   }
+  auto inputs = node->connect(std::move(own), std::move(gradients));
   auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
   UpdateOutputs result{std::move(outputs[0]), {}};
   std::move(outputs.begin() + 1, outputs.end(), std::back_inserter(result.state));
   return result;
 }
 
+std::vector<mx::array> FusedUpdate::connect(
+    std::vector<mx::array> own, std::vector<mx::array> gradients) {
+  if (!is_tracing()) {
+    bool holds = holds_operands(stream().device);
+    if (are_available(own)) {
+      const mx::array* leaves = &own[first_parameter_operand()];
+      if (lie_in_one_buffer(*plan_, leaves)) {
+        mx::array flat(plan_->p_shape(), plan_->dtype, nullptr, {});
+        share_whole(*leaves, flat);
+        flat.set_status(mx::array::Status::available);
+        own.erase(own.begin() + static_cast<long>(first_parameter_operand()), own.end());
+        own.push_back(std::move(flat));
+        has_flat_parameters_ = true;
+      }
+      if (holds) {
+        held_ = std::make_shared<const std::vector<mx::array>>(std::exchange(own, {}));
+      }
+    }
+    if (holds && are_available(gradients)) {
+      held_gradients_ =
+          std::make_shared<const std::vector<mx::array>>(std::exchange(gradients, {}));
+    }
+  }
+  std::vector<mx::array> inputs = std::move(own);
+  inputs.insert(
+      inputs.end(),
+      std::make_move_iterator(gradients.begin()),
+      std::make_move_iterator(gradients.end()));
+  return inputs;
+}
+
 void FusedUpdate::place_outputs(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<void()>& settle) const {
-  auto num_outputs = static_cast<long>(outputs.size());
-  const mx::array* parameters = &inputs[first_parameter_input()];
-  bool in_place = lie_in_one_buffer(*plan_, parameters);
-  if (in_place && !are_ours_alone(*plan_, parameters, num_outputs)) {
+  // How many hold an operand that nobody else does: this, or each output's list of inputs.
+  long own_uses = held_ ? 1 : static_cast<long>(outputs.size());
+  const mx::array* parameters = &operand(inputs, first_parameter_operand());
+  bool in_place = has_flat_parameters_ || lie_in_one_buffer(*plan_, parameters);
+  auto are_alone = [&] {
+    return has_flat_parameters_ ? is_ours_alone(*parameters, own_uses)
+                                : are_ours_alone(*plan_, parameters, own_uses);
+  };
+  if (in_place && !are_alone()) {
     settle();
-    in_place = are_ours_alone(*plan_, parameters, num_outputs);
+    in_place = are_alone();
   }
   if (in_place) {
-    share_whole(parameters[0], outputs[0]);
+    share_whole(*parameters, outputs[0]);
     ++counters().parameters_in_place;
   } else {
     allocate(outputs[0]);
     ++counters().parameters_fresh;
   }
   for (size_t k = 0; k < num_slots(); ++k) {
-    const mx::array& in = inputs[first_state_input() + k];
+    const mx::array& in = operand(inputs, first_state_operand() + k);
     mx::array& out = outputs[1 + k];
-    if (is_ours_alone(in, num_outputs)) {
+    if (is_ours_alone(in, own_uses)) {
       share_whole(in, out);
       ++counters().state_in_place;
     } else {
@@ -184,7 +238,7 @@ void FusedUpdate::place_outputs(
 std::vector<mx::Shape> FusedUpdate::output_shapes(const std::vector<mx::array>& inputs) {
   std::vector<mx::Shape> shapes{plan_->p_shape()};
   for (size_t k = 0; k < num_slots(); ++k) {
-    shapes.push_back(inputs[first_state_input() + k].shape());
+    shapes.push_back(operand(inputs, first_state_operand() + k).shape());
   }
   return shapes;
 }

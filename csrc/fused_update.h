@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "hyperparameters.h"
@@ -30,6 +31,14 @@ struct UpdateOutputs {
   mx::array parameters;  // flat
   std::vector<mx::array> state;
 };
+
+// What an update reads, its operands, are in this order the step (if it is read), the learning rate
+// (without a schedule), the state, the parameters (a leaf for each segment, or the flat array that
+// they lie in), and the gradients.
+//
+// MLX's evaluator does some work for each input of a node, and copies their list for each output.
+// So operands that are evaluated already need not be inputs: the primitive holds them.
+using HeldArrays = std::shared_ptr<const std::vector<mx::array>>;
 
 // Adds the update of a bucket to the graph. Throws std::invalid_argument.
 UpdateOutputs fused_update(
@@ -62,6 +71,9 @@ class FusedUpdate : public mx::Primitive {
       : mx::Primitive(stream), plan_(std::move(plan)), rule_(rule), schedule_(std::move(schedule)) {
   }
 
+  // Holds what may be held; the rest are the inputs. `own` are all operands but the gradients.
+  std::vector<mx::array> connect(std::vector<mx::array> own, std::vector<mx::array> gradients);
+
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
 
@@ -82,8 +94,7 @@ class FusedUpdate : public mx::Primitive {
     return schedule_;
   }
 
-  // Where each input stands in the flat list that MLX passes around. The outputs are the flat
-  // parameters, then the state.
+  // Where each operand stands. The outputs are the flat parameters, then the state.
   size_t num_slots() const {
     return static_cast<size_t>(rule_.num_slots());
   }
@@ -94,17 +105,36 @@ class FusedUpdate : public mx::Primitive {
   bool reads_step() const {
     return schedule_ || rule_.values.bias_correction;
   }
-  size_t learning_rate_input() const {
+  size_t learning_rate_operand() const {
     return reads_step() ? 1 : 0;
   }
-  size_t first_state_input() const {
-    return learning_rate_input() + (schedule_ ? 0 : 1);
+  size_t first_state_operand() const {
+    return learning_rate_operand() + (schedule_ ? 0 : 1);
   }
-  size_t first_parameter_input() const {
-    return first_state_input() + num_slots();
+  size_t first_parameter_operand() const {
+    return first_state_operand() + num_slots();
   }
-  size_t first_gradient_input() const {
-    return first_parameter_input() + num_segments();
+  size_t first_gradient_operand() const {
+    return first_parameter_operand() + (has_flat_parameters_ ? 1 : num_segments());
+  }
+
+  // True when the parameters are one operand, the flat array.
+  bool has_flat_parameters() const {
+    return has_flat_parameters_;
+  }
+  const mx::array& operand(const std::vector<mx::array>& inputs, size_t i) const {
+    if (i < first_gradient_operand()) {
+      return held_ ? (*held_)[i] : inputs[i];
+    }
+    i -= first_gradient_operand();
+    if (held_gradients_) {
+      return (*held_gradients_)[i];
+    }
+    return inputs[held_ ? i : first_gradient_operand() + i];
+  }
+  // What a backend that holds operands keeps until its work has run.
+  std::pair<HeldArrays, HeldArrays> held() const {
+    return {held_, held_gradients_};
   }
 
   // Gives each output its memory: that of the input it replaces where nobody else holds that,
@@ -119,6 +149,9 @@ class FusedUpdate : public mx::Primitive {
   std::shared_ptr<const BucketPlan> plan_;
   Rule rule_;
   std::shared_ptr<const Schedule> schedule_;
+  bool has_flat_parameters_{false};
+  HeldArrays held_;            // all operands but the gradients, or null
+  HeldArrays held_gradients_;  // all of them, or null
 };
 
 }  // namespace flatstep

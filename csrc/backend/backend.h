@@ -14,6 +14,10 @@ namespace flatstep {
 // Throws std::invalid_argument when this build can't run on `device`.
 void require_backend(mx::Device device);
 
+// Whether an update on this device keeps the operands that its primitive holds until it has run.
+// MLX keeps only the inputs of a node.
+bool holds_operands(mx::Device device);
+
 // The GPU backend of this build; null when it has none.
 const char* gpu_backend_name();
 

@@ -28,8 +28,9 @@ using Scratch = float[kBlockElements];
 // Where one kind of value (a parameter, a gradient, a state slot) comes from.
 class Input {
  public:
-  explicit Input(const mx::array& a)
-      : data_(a.data<char>()),
+  // Of a contiguous array from its element `first` on.
+  explicit Input(const mx::array& a, size_t first = 0)
+      : data_(a.data<char>() + first * a.itemsize()),
         dtype_(a.dtype()),
         layout_(a.flags().row_contiguous ? nullptr : std::make_shared<StridedLayout>(a)) {
   }
@@ -122,8 +123,9 @@ struct Slot {
   bool in_place;
 };
 
-// All that a task needs, so that it holds no array: MLX keeps their memory until it has run.
+// All that a task needs. MLX keeps the memory of the node's inputs until it has run.
 struct Job {
+  std::pair<HeldArrays, HeldArrays> held;
   std::shared_ptr<const BucketPlan> plan;
   Rule rule{};
   std::shared_ptr<const Schedule> schedule;
@@ -335,33 +337,39 @@ void clear_fresh_gaps(const Job& job, bool p_in_place, const std::vector<mx::arr
 
 void cpu_fused_update(
     FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto operand = [&](size_t i) -> const mx::array& { return update.operand(inputs, i); };
   auto job = std::make_shared<Job>();
+  job->held = update.held();
   job->plan = update.plan_ptr();
   job->rule = update.rule();
   job->schedule = update.schedule();
   job->loops = &cpu_loops();
   if (update.reads_step()) {
-    job->step = inputs[0].data<uint64_t>();
+    job->step = operand(0).data<uint64_t>();
   }
   if (!job->schedule) {
-    job->learning_rate = inputs[update.learning_rate_input()].data<float>();
+    job->learning_rate = operand(update.learning_rate_operand()).data<float>();
   }
   size_t n = update.num_segments();
   job->p_out.emplace_back(outputs[0]);
   job->parameters.reserve(n);
   job->gradients.reserve(n);
+  size_t first_parameter = update.first_parameter_operand();
   for (size_t i = 0; i < n; ++i) {
-    job->parameters.emplace_back(inputs[update.first_parameter_input() + i]);
-    job->gradients.emplace_back(inputs[update.first_gradient_input() + i]);
+    if (update.has_flat_parameters()) {
+      job->parameters.emplace_back(operand(first_parameter), job->plan->segments[i].p_offset);
+    } else {
+      job->parameters.emplace_back(operand(first_parameter + i));
+    }
+    job->gradients.emplace_back(operand(update.first_gradient_operand() + i));
   }
   for (size_t k = 0; k < update.num_slots(); ++k) {
-    const mx::array& in = inputs[update.first_state_input() + k];
+    const mx::array& in = operand(update.first_state_operand() + k);
     mx::array& out = outputs[1 + k];
     bool in_place = in.data_shared_ptr() == out.data_shared_ptr();
     job->slots.push_back({Input(in), Output(out), in_place});
   }
-  bool p_in_place =
-      inputs[update.first_parameter_input()].data_shared_ptr() == outputs[0].data_shared_ptr();
+  bool p_in_place = operand(first_parameter).data_shared_ptr() == outputs[0].data_shared_ptr();
   clear_fresh_gaps(*job, p_in_place, outputs);
   mx::cpu::get_command_encoder(update.stream()).dispatch([job] { run(*job); });
 }

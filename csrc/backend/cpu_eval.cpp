@@ -5,6 +5,10 @@
 
 namespace flatstep {
 
+bool holds_operands(mx::Device device) {
+  return device == mx::Device::cpu;
+}
+
 void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   // Work that is still queued holds the buffers that it reads, the backward pass's reads of the
   // weights above all. Waiting for it costs nothing: this step needs its gradients anyway.

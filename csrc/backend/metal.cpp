@@ -137,10 +137,8 @@ class UpdateEncoder {
         device_(metal::device(update.stream().device)) {
     for (size_t i = 0; i < update.num_segments(); ++i) {
       const Segment& s = update.plan_ptr()->segments[i];
-      const mx::array& gradient = inputs[update.first_gradient_input() + i];
+      const mx::array& gradient = operand(update.first_gradient_operand() + i);
       gradients_.push_back({&gradient, s.size, s.p_offset, s.state_offset});
-      const mx::array& parameter = inputs[update.first_parameter_input() + i];
-      parameters_.push_back({&parameter, s.size, s.p_offset, 0});
     }
     dispatches_ = make_dispatches(gradients_);
     // Compiled before anything is placed or encoded, so that an error leaves all as it was.
@@ -153,16 +151,16 @@ class UpdateEncoder {
   void run() {
     auto& encoder = metal::get_command_encoder(update_.stream());
     for (size_t k = 0; k < update_.num_slots(); ++k) {
-      const mx::array& state = inputs_[update_.first_state_input() + k];
+      const mx::array& state = operand(update_.first_state_operand() + k);
       mx::array& out = outputs_[1 + k];
       if (out.data_shared_ptr() != state.data_shared_ptr()) {
         // Whole, gaps and leaves without a gradient included.
         copy(encoder, {{&state, out.size(), 0, 0}}, out);
       }
     }
-    const mx::array* p_in = &inputs_[update_.first_parameter_input()];
-    if (!lie_in_one_buffer(*update_.plan_ptr(), p_in)) {
-      copy(encoder, parameters_, outputs_[0]);
+    const mx::array* p_in = &operand(update_.first_parameter_operand());
+    if (!update_.has_flat_parameters() && !lie_in_one_buffer(*update_.plan_ptr(), p_in)) {
+      copy(encoder, leaves(), outputs_[0]);
       p_in = &outputs_[0];
     }
 
@@ -170,8 +168,8 @@ class UpdateEncoder {
     bool is_adam = update_.rule().kind == RuleKind::adam;
     flat.m = is_adam ? &outputs_[1] : nullptr;
     flat.v = update_.num_slots() > 0 ? &outputs_.back() : nullptr;
-    flat.step = update_.reads_step() ? &inputs_[0] : nullptr;
-    flat.learning_rate = update_.schedule() ? nullptr : &inputs_[update_.learning_rate_input()];
+    flat.step = update_.reads_step() ? &operand(0) : nullptr;
+    flat.learning_rate = update_.schedule() ? nullptr : &operand(update_.learning_rate_operand());
 
     StepArguments arguments{};
     arguments.hyperparameters = update_.rule().values;
@@ -187,6 +185,20 @@ class UpdateEncoder {
   }
 
  private:
+  const mx::array& operand(size_t i) const {
+    return update_.operand(inputs_, i);
+  }
+
+  // The parameters, where each has an array of its own.
+  std::vector<Source> leaves() const {
+    std::vector<Source> sources;
+    for (size_t i = 0; i < update_.num_segments(); ++i) {
+      const Segment& s = update_.plan_ptr()->segments[i];
+      sources.push_back({&operand(update_.first_parameter_operand() + i), s.size, s.p_offset, 0});
+    }
+    return sources;
+  }
+
   // Of p, m and v; a rule without one of these has no loads of it.
   std::vector<mx::Dtype> stored_dtypes() const {
     mx::Dtype m = update_.num_slots() == 2 ? outputs_[1].dtype() : mx::float32;
@@ -213,7 +225,6 @@ class UpdateEncoder {
   std::vector<mx::array>& outputs_;
   metal::Device& device_;
   std::vector<Source> gradients_;
-  std::vector<Source> parameters_;
   std::vector<Dispatch> dispatches_;
   std::vector<MTL::ComputePipelineState*> kernels_;
 };

@@ -26,6 +26,10 @@ void eval_as_gpu(
 
 }  // namespace
 
+bool holds_operands(mx::Device) {
+  return !standin::settings().use_gpu;
+}
+
 void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   if (standin::settings().use_gpu) {
     eval_as_gpu(*this, inputs, outputs);
