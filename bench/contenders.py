@@ -1,7 +1,4 @@
-"""Who is measured: each contender holds its own parameters and state, and takes a step when asked.
-
-A step is what a training loop pays once the gradients are there: new parameters and state from
-given gradients, evaluated, the old ones let go. All start from random values of the case's shapes.
+"""Who is measured beside flatstep and mlx.optimizers: torch and optax.
 
 Peers store the state in the dtype of the parameters: with bfloat16 they move fewer bytes than the
 floor and flatstep do, at the price of a `v` that can't decay.
@@ -9,22 +6,18 @@ floor and flatstep do, at the price of a `v` that can't decay.
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
-from .cases import ITEMSIZE, RULES, Setting, Shape
-from .floor import MAX_BYTES
+from flatstep.benchmark import contenders as package
+from flatstep.benchmark.cases import RULES, Setting
+from flatstep.benchmark.contenders import LEARNING_RATE, Contender, random_values
+
 from .memory import resident_bytes_above
 
-FLATSTEP = ("flatstep eager", "flatstep compiled")
 # By process, each with a floor of its own. torch's and XLA's threads spin while they wait for work,
-# and two pools that spin in one process spoil each other's figures. A step of mlx.optimizers leaves
-# tens of thousands of freed nodes on the heap, which slow the allocations of whoever comes next.
-GROUPS = {
-    "flatstep": FLATSTEP,
-    "mlx": ("mlx eager", "mlx compiled"),
+# and two pools that spin in one process spoil each other's figures.
+GROUPS = package.GROUPS | {
     "torch": ("torch fused", "torch foreach"),
     "optax": ("optax jit",),
 }
@@ -35,15 +28,6 @@ MODULES = {
     "torch": ("torch",),
     "optax": ("jax", "optax"),
 }
-LEARNING_RATE = 1e-3
-BLOCK = 2**20
-
-
-class Contender(Protocol):
-    def step(self) -> None: ...
-
-    def extra_bytes(self) -> int | None:
-        """Take a step; return its peak memory above what is held, or None where unknown."""
 
 
 def group_of(name: str) -> str:
@@ -60,102 +44,13 @@ def groups_for(setting: Setting) -> list[str]:
     ]
 
 
-def bytes_needed(setting: Setting, names: tuple[str, ...]) -> int:
-    """An estimate of the most memory that these contenders need, the floor included."""
-    item, elements = ITEMSIZE[setting.dtype], setting.elements
-    peer = elements * item * (1 + setting.slots)
-    held = [elements * item + setting.state_bytes if name in FLATSTEP else peer for name in names]
-    # While it starts, a contender's first parameters are there too; a peer writes all anew.
-    transient = max(elements * item if name in FLATSTEP else peer for name in names)
-    return elements * item + sum(held) + transient + min(MAX_BYTES, setting.step_bytes)
-
-
 def make_contenders(setting: Setting, names: tuple[str, ...]) -> dict[str, Contender]:
     """Contenders of one group, on the same initial values."""
     make: dict[str, Callable[[Setting, tuple[str, ...]], dict[str, Contender]]] = {
-        "flatstep": _make_mlx,
-        "mlx": _make_mlx,
         "torch": _make_torch,
         "optax": _make_optax,
     }
-    return make[group_of(names[0])](setting, names)
-
-
-def random_values(
-    shape: Shape, draw: Callable[[int], Any], concatenate: Callable[[list[Any]], Any]
-) -> Any:
-    """Values that repeat after 2^20: to draw a billion would take longer than to measure."""
-    whole, rest = divmod(math.prod(shape), BLOCK)
-    if whole == 0:
-        return draw(rest).reshape(shape)
-    block = draw(BLOCK)
-    return concatenate([block] * whole + [block[:rest]]).reshape(shape)
-
-
-def rule_arguments(setting: Setting) -> dict[str, Any]:
-    return {"momentum": 0.9} if setting.rule == "sgd" else {"bias_correction": True}
-
-
-# flatstep and mlx.optimizers
-
-
-class MLXContender:
-    def __init__(
-        self, optim: ModuleType, compiled: bool, setting: Setting, parameters: Any, gradients: Any
-    ) -> None:
-        import mlx.core as mx
-
-        self._mx = mx
-        self._parameters, self._gradients = parameters, gradients
-        make = getattr(optim, RULES[setting.rule].label)
-        self._optimizer = make(learning_rate=LEARNING_RATE, **rule_arguments(setting))
-        self._optimizer.init(parameters)
-        state = self._optimizer.state
-        mx.eval(state)
-        self._update = self._optimizer.apply_gradients
-        if compiled:
-            self._update = mx.compile(self._update, inputs=state, outputs=state)
-
-    def step(self) -> None:
-        self._parameters = self._update(self._gradients, self._parameters)
-        self._mx.eval(self._parameters, self._optimizer.state)
-
-    def extra_bytes(self) -> int | None:
-        self._mx.reset_peak_memory()
-        held = self._mx.get_active_memory()
-        self.step()
-        return self._mx.get_peak_memory() - held
-
-
-def _make_mlx(setting: Setting, names: tuple[str, ...]) -> dict[str, Contender]:
-    import flatstep
-    import mlx.core as mx
-    import mlx.optimizers
-    from mlx.utils import tree_unflatten
-
-    dtype = {"fp32": mx.float32, "bf16": mx.bfloat16}[setting.dtype]
-
-    def draw(size: int) -> mx.array:
-        return mx.random.uniform(-0.05, 0.05, (size,), dtype)
-
-    def random_tree(seed: int) -> Any:
-        mx.random.seed(seed)
-        tree = tree_unflatten(
-            [
-                (path, random_values(shape, draw, mx.concatenate))
-                for path, shape in setting.shapes.items()
-            ]
-        )
-        mx.eval(tree)
-        return tree
-
-    parameters, gradients = random_tree(0), random_tree(1)
-    contenders: dict[str, Contender] = {}
-    for name in names:
-        library, mode = name.split()
-        optim = {"flatstep": flatstep, "mlx": mlx.optimizers}[library]
-        contenders[name] = MLXContender(optim, mode == "compiled", setting, parameters, gradients)
-    return contenders
+    return make.get(group_of(names[0]), package.make_contenders)(setting, names)
 
 
 # torch

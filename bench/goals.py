@@ -7,12 +7,11 @@ that of the worse.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flatstep.benchmark.cases import Setting
+from flatstep.benchmark.contenders import FLATSTEP
+from flatstep.benchmark.results import Result
 from rich import box
 from rich.table import Table
-
-from .cases import Setting
-from .contenders import FLATSTEP
-from .results import Result
 
 Results = dict[Setting, Result]
 

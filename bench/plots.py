@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from flatstep.benchmark.cases import CASES, Setting
+from flatstep.benchmark.results import Result
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .cases import CASES, Setting
-from .results import Result, cost_families
+from .results import cost_families
 
 COLORS = {
     "flatstep eager": "#56B4E9",

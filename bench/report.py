@@ -1,11 +1,10 @@
 """Results as tables for a terminal."""
 
+from flatstep.benchmark.measure import Series
+from flatstep.benchmark.results import Result
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-
-from .measure import Series
-from .results import Result
 
 
 def _warning(results: list[Result]) -> str | None:

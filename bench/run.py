@@ -4,39 +4,29 @@ Prints a table for each setting, and writes every run as JSON, and pictures.
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from flatstep.benchmark.cases import CASES, ITEMSIZE, RULES, Setting
+from flatstep.benchmark.contenders import fitting
+from flatstep.benchmark.floor import MAX_BYTES
+from flatstep.benchmark.measure import Budget, Series
+from flatstep.benchmark.memory import available_bytes
+from flatstep.benchmark.process import Job, WorkerError, run_worker
+from flatstep.benchmark.results import Result
 from rich.console import Console
 from rich.progress import Progress
 
-from .cases import (
-    CASES,
-    ITEMSIZE,
-    RULES,
-    Setting,
-    cost_cases,
-    default_plan,
-    goals_plan,
-    product_plan,
-    quick_plan,
-)
-from .contenders import GROUPS, bytes_needed, groups_for
+from .contenders import GROUPS, groups_for
 from .goals import GOALS, goal_table, judge
 from .machine import describe
-from .measure import Budget, Series
-from .memory import available_bytes
+from .plans import cost_cases, default_plan, goals_plan, product_plan, quick_plan
 from .plots import draw
 from .report import cost_table, setting_table
-from .results import Result, cost_families, load, save
+from .results import cost_families, load, save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -46,52 +36,6 @@ PAUSE = 0.5  # between processes
 USABLE = 0.85  # of the memory that is available
 
 
-class WorkerError(Exception):
-    pass
-
-
-def run_worker(
-    setting: Setting, names: tuple[str, ...], budget: Budget, report: Callable[[float], None]
-) -> dict[str, Series]:
-    """Measure contenders of one group in a process of their own."""
-    job = {"setting": asdict(setting), "contenders": names, "budget": asdict(budget)}
-    environment = dict(os.environ)
-    if setting.threads is not None:
-        environment["FLATSTEP_NUM_THREADS"] = str(setting.threads)
-    with tempfile.TemporaryFile("w+") as errors:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        with worker:
-            assert worker.stdin and worker.stdout
-            worker.stdin.write(json.dumps(job))
-            worker.stdin.close()
-            series = {}
-            for line in worker.stdout:
-                message = json.loads(line)
-                report(message.get("done", 1.0))
-                series = message.get("series", {})
-        if worker.returncode != 0:
-            errors.seek(0)
-            last = errors.read().strip().rpartition("\n")[2]
-            raise WorkerError(f"exit code {worker.returncode}: {last}")
-    return {name: Series(**runs) for name, runs in series.items()}
-
-
-def divide(setting: Setting, names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Contenders together if they fit in memory, else one by one, and none that doesn't fit."""
-    usable = USABLE * available_bytes()
-    if bytes_needed(setting, names) <= usable:
-        return [names]
-    return [(name,) for name in names if bytes_needed(setting, (name,)) <= usable]
-
-
 def measure_setting(
     setting: Setting, budget: Budget, console: Console, report: Callable[[float], None]
 ) -> Result | None:
@@ -99,14 +43,15 @@ def measure_setting(
     series: dict[str, Series] = {}
     groups = groups_for(setting)
     for i, group in enumerate(groups):
-        jobs = divide(setting, GROUPS[group])
+        jobs = fitting(setting, GROUPS[group], USABLE * available_bytes())
         if left_out := set(GROUPS[group]).difference(*jobs):
             console.print(f"{setting.label}: too little memory for {', '.join(sorted(left_out))}")
         for j, names in enumerate(jobs):
             part = 1 / len(jobs)
             inner = partial(report_part, report, (i + j * part) / len(groups), part / len(groups))
             try:
-                series |= run_worker(setting, names, budget, inner)
+                job = Job(setting, names, budget, MAX_BYTES)
+                series |= run_worker("bench.worker", job, inner, ROOT)
             except WorkerError as error:
                 console.print(f"[red]{setting.label}: {', '.join(names)}: {error}[/]")
             time.sleep(PAUSE)

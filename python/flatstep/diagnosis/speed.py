@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 import flatstep
-from flatstep import _ext
+
+from ..benchmark.floor import Floor, Sum
 
 SIZE, QUICK_SIZE = 16 << 20, 4 << 20
 ROUNDS, QUICK_ROUNDS = 15, 7
@@ -59,39 +60,17 @@ class _Step:
         mx.eval(self.parameters, self.optimizer.state)
 
 
-class _MLXCopy:
-    """MLX's a + b into the memory of a, over arrays so long that it moves as much as a step."""
-
-    def __init__(self, elements: int) -> None:
-        length = elements * STEP_BYTES // 12
-        self.a, self.b = mx.contiguous(mx.full((length,), 1.0)), mx.contiguous(mx.zeros((length,)))
-        mx.eval(self.a, self.b)
-
-    def __call__(self) -> None:
-        self.a += self.b
-        mx.eval(self.a)
-
-
-class _Floor:
-    """A pass of flatstep's threads over the memory of a step with next to no arithmetic."""
-
-    def __init__(self, elements: int) -> None:
-        self.arrays = [mx.contiguous(mx.full((elements,), 1e-6)) for _ in range(4)]
-        mx.eval(self.arrays)
-
-    def __call__(self) -> None:
-        p, g, *state = self.arrays
-        _ext.floor_pass(p, g, state)
-
-
 def measure(device: mx.Device, quick: bool) -> Speed:
     elements = QUICK_SIZE if quick else SIZE
     rounds = QUICK_ROUNDS if quick else ROUNDS
     with mx.stream(device):
         step = _Step(elements)
-        runs: dict[str, Callable[[], None]] = {STEP: step, "MLX's a + b": _MLXCopy(elements)}
+        runs: dict[str, Callable[[], None]] = {
+            STEP: step,
+            "MLX's a + b": Sum(elements * STEP_BYTES),
+        }
         if device.type == mx.cpu:
-            runs["the floor"] = _Floor(elements)
+            runs["the floor"] = Floor(elements, slots=2)
         for run in runs.values():
             for _ in range(3):
                 _timed(run)
