@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 from cases import random_array
-from flatstep import _ext, doctor
+from flatstep import _command_line, _ext
 from flatstep.diagnosis import cases, environment, formulas, selftest, speed
 from flatstep.diagnosis.comparison import run_case
 
@@ -108,7 +108,7 @@ def test_a_default_device_without_a_backend_gives_way_to_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "default_device", lambda: "gpu")
+    monkeypatch.setattr(_command_line, "default_device", lambda: "gpu")
     monkeypatch.setattr(_ext, "gpu_backend", lambda: None)
     assert command.main(["doctor"]) == 0
     output = capsys.readouterr().out

@@ -13,11 +13,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from ._command_line import WIDTH, choose_device, print_row, print_wrapped, require_writable
 from .diagnosis import selftest, speed
 from .diagnosis.comparison import TOLERANCES
-from .diagnosis.environment import DEVICES, default_device, describe, why_not
+from .diagnosis.environment import DEVICES, describe, why_not
 
-WIDTH = 80
 SHOWN = 3  # of the wrong checks of a group
 
 Report = dict[str, Any]
@@ -47,17 +47,13 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Runs the command; returns the exit status."""
     names, note = _choose_devices(options.device, parser)
-    if options.json:
-        try:
-            options.json.write_text("")
-        except OSError as error:
-            parser.error(f"--json {options.json}: {error.strerror}")
+    require_writable(options.json, parser)
     print("flatstep doctor")
     environment = describe()
     for name, value in environment.items():
-        _print_row(name, value)
+        print_row(name, value)
     if note:
-        _print_row("note", note)
+        print_row("note", note)
     devices = {
         name: {"checks": _test(name, options), **_measure(name, options.quick)} for name in names
     }
@@ -85,20 +81,15 @@ def _choose_devices(
         reasons = {name: why_not(name) for name in DEVICES}
         left_out = [f"no tests on the {n.upper()}: {why}" for n, why in reasons.items() if why]
         return [name for name, why in reasons.items() if not why], "; ".join(left_out) or None
-    name = choice or default_device()
-    why = why_not(name)
-    if not why:
-        return [name], None
-    if choice:
-        parser.error(f"--device {choice}: {why}")
-    return ["cpu"], f"tests run on the CPU and not on MLX's default device: {why}"
+    name, note = choose_device(choice, parser, "tests run")
+    return [name], note
 
 
 def _test(device: str, options: argparse.Namespace) -> list[Report]:
     """Runs all checks on a device, printing as it goes."""
     print(f"\nResults on the {device.upper()}")
     for line in TOLERANCES:
-        _print_wrapped(line)
+        print_wrapped(line)
     start = time.perf_counter()
     checks = []
     for group, members in selftest.groups(options.quick).items():
@@ -109,10 +100,10 @@ def _test(device: str, options: argparse.Namespace) -> list[Report]:
             results.append(result)
             if options.verbose:
                 mark = "wrong" if result.problem else "ok"
-                _print_wrapped(f"{mark:6}{result.name} ({result.seconds * 1e3:.0f} ms)", "    ")
+                print_wrapped(f"{mark:6}{result.name} ({result.seconds * 1e3:.0f} ms)", "    ")
         _print_outcome(group, results, options.verbose)
         checks += [{"group": group, **dataclasses.asdict(result)} for result in results]
-    _print_row("seconds", f"{time.perf_counter() - start:.1f}")
+    print_row("seconds", f"{time.perf_counter() - start:.1f}")
     return checks
 
 
@@ -123,7 +114,7 @@ def _print_outcome(group: str, results: list[selftest.Result], verbose: bool) ->
     shown = wrong if verbose else wrong[:SHOWN]
     for result in shown:
         print()
-        _print_wrapped(f"wrong: {result.name}", "    ")
+        print_wrapped(f"wrong: {result.name}", "    ")
         _print_problem(str(result.problem))
     if len(wrong) > len(shown):
         print(f"\n    and {len(wrong) - len(shown)} more; -v and --json give them all")
@@ -140,7 +131,7 @@ def _measure(device: str, quick: bool) -> Report:
         print("    wrong:")
         _print_problem(problem)
         return {"speed": None, "speed_problem": problem}
-    _print_wrapped(
+    print_wrapped(
         f"one float32 array of {measured.elements / 1e6:.1f} million, in place; each moves "
         f"{measured.bytes / 1e6:.0f} MB; medians of {measured.rounds} runs in turns"
     )
@@ -148,11 +139,11 @@ def _measure(device: str, quick: bool) -> Report:
         rate = measured.bytes / seconds / 1e9
         spread = f"middle half of the runs: {measured.spread[label]:.0%} wide"
         print(f"  {label:18}{seconds * 1e3:7.2f} ms {rate:7.1f} GB/s  {spread}")
-    _print_row("share", f"{measured.share:.0%} of the fastest copy's speed")
+    print_row("share", f"{measured.share:.0%} of the fastest copy's speed")
     held = f"above the {measured.held_bytes / 1e6:.0f} MB held"
-    _print_row("peak memory", f"{measured.extra_bytes / 1e6:.1f} MB {held}")
+    print_row("peak memory", f"{measured.extra_bytes / 1e6:.1f} MB {held}")
     if measured.is_noisy:
-        _print_wrapped(
+        print_wrapped(
             f"The machine was busy (load {measured.load:.1f}) or its times scattered: take these "
             "figures for rough ones."
         )
@@ -180,12 +171,3 @@ def _print_problem(problem: str) -> None:
         text = line.lstrip()
         indent = " " * (6 + len(line) - len(text))
         print(textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + " " * 9))
-
-
-def _print_row(name: str, value: str) -> None:
-    _print_wrapped(value, f"  {name:16}")
-
-
-def _print_wrapped(text: str, start: str = "  ") -> None:
-    indent = " " * min(18, len(start) + 2)
-    print(textwrap.fill(text, WIDTH, initial_indent=start, subsequent_indent=indent))

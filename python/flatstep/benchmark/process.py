@@ -4,6 +4,7 @@ The parent writes one JSON job to its standard input; it answers with JSON lines
 and at last for its result.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -63,8 +64,9 @@ def run_worker(
         )
         with worker:
             assert worker.stdin and worker.stdout
-            worker.stdin.write(json.dumps(asdict(job)))
-            worker.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it says why when it has ended
+                worker.stdin.write(json.dumps(asdict(job)))
+                worker.stdin.close()
             series = {}
             for line in worker.stdout:
                 message = json.loads(line)

@@ -1,0 +1,40 @@
+"""What the commands of ``python -m flatstep`` share: where to run, where to write, how to print."""
+
+import argparse
+import textwrap
+from pathlib import Path
+
+from .diagnosis.environment import default_device, why_not
+
+WIDTH = 80
+
+
+def choose_device(
+    choice: str | None, parser: argparse.ArgumentParser, what: str
+) -> tuple[str, str | None]:
+    """The device to run on, and what to say of it; one that was asked for has to be there."""
+    name = choice or default_device()
+    why = why_not(name)
+    if not why:
+        return name, None
+    if choice:
+        parser.error(f"--device {choice}: {why}")
+    return "cpu", f"{what} on the CPU and not on MLX's default device: {why}"
+
+
+def require_writable(path: Path | None, parser: argparse.ArgumentParser) -> None:
+    """Before anything runs for long."""
+    if path:
+        try:
+            path.write_text("")
+        except OSError as error:
+            parser.error(f"--json {path}: {error.strerror}")
+
+
+def print_row(name: str, value: str) -> None:
+    print_wrapped(value, f"  {name:16}")
+
+
+def print_wrapped(text: str, start: str = "  ") -> None:
+    indent = " " * min(18, len(start) + 2)
+    print(textwrap.fill(text, WIDTH, initial_indent=start, subsequent_indent=indent))
