@@ -119,8 +119,8 @@ def _explain(device: str, chips: list[apple_gpu.Chip]) -> None:
     )
     if chips:
         print_wrapped(
-            f"'predicted' is a model's range in ms for {chips[0].name}, which no Mac has checked yet; ! "
-            "marks what is outside. docs/apple_gpu_model.md says what it assumes."
+            f"'predicted' is a model's range in ms for {chips[0].name}, which no Mac has checked "
+            "yet; ! marks what is outside. docs/apple_gpu_model.md says what it assumes."
         )
     elif device == "gpu":
         print_wrapped(f"There is no prediction for {device_name('gpu')}.")
