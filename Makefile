@@ -15,18 +15,20 @@ SUPPORTED := 3.10 3.11 3.12 3.13 3.14
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
-FORMATTED := $(CXX_SOURCES) $(wildcard metal/*.metal \
+FORMATTED := $(CXX_SOURCES) $(wildcard metal/*.metal metal/*.h \
   tests/metal/*/*.cpp tests/metal/*/*.h tests/metal/*/*/*.h tests/metal/*/*/*.hpp)
 SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* scripts/metal_source.py \
   python/flatstep/*.py* python/flatstep/*/*.py)
 
-.PHONY: help demo test bench lint format warnings sanitize macos-check linux stubs clean
+.PHONY: help demo test bench profile instructions lint format warnings sanitize macos-check linux stubs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train a small transformer with mlx.optimizers and with flatstep, compare"
 	@echo "make test       build, and run the tests; ARGS goes to pytest: make test ARGS='-k adam'"
 	@echo "make bench      measure against mlx.optimizers, torch and the memory's own speed"
+	@echo "make profile    where the time of a step goes: Python, graph, evaluation, kernels"
+	@echo "make instructions  count a step's instructions around its kernels, compare with the bound (Linux)"
 	@echo "make lint       ruff, mypy, clang-format and the workflows' schema, changing nothing"
 	@echo "make format     let ruff and clang-format lay out the sources"
 	@echo "make warnings   compile with every compiler warning as an error"
@@ -39,11 +41,18 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.test $(VENV)/.clang
+test: $(VENV)/.test clang-for-tests
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.run $(ARGS)
+
+profile: $(VENV)/.bench
+	$(BIN)/python -m bench.profile $(ARGS)
+
+# Needs valgrind. ARGS=--accept makes what it counts the bound.
+instructions: $(VENV)/.bench
+	$(BIN)/python -m bench.instructions $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
@@ -137,8 +146,9 @@ $(MACOS)/.prepared: $(VENV)/.macos-check scripts/macos/prepare.py scripts/macos/
 	@$(BIN)/python scripts/macos/prepare.py
 	@touch $@
 
-# The kernels are tested with clang, on Linux: one that is there already, or PyPI's.
-$(VENV)/.clang: $(VENV)/.test
-	@[ "$$(uname)" != Linux ] || PYTHONPATH=tests/metal $(BIN)/python -m simulator.clang >/dev/null 2>&1 \
+# The kernels are tested with clang, on Linux: one that is named or there already, or PyPI's.
+.PHONY: clang-for-tests
+clang-for-tests: $(VENV)/.test
+	@[ "$$(uname)" != Linux ] || [ -n "$$FLATSTEP_CLANG" ] \
+	  || PYTHONPATH=tests/metal $(BIN)/python -m simulator.clang >/dev/null 2>&1 \
 	  || { echo "Installing a clang for the GPU kernels' tests"; $(PIP) install 'flatstep[clang]'; }
-	@touch $@

@@ -89,9 +89,10 @@ struct AdamStep {
 
 // With bias correction the paper's m / (1 - beta1^t) and v / (1 - beta2^t) are folded into two
 // scalars: multiplying numerator and denominator by c = sqrt(1 - beta2^t) leaves
-//   learning_rate c / (1 - beta1^t) * m / (sqrt(v) + eps c).
+//   learning_rate c / (1 - beta1^t) * m / (sqrt(v) + eps c),
+// where t counts from 1: the steps taken before this one, and this one.
 FLATSTEP_FN AdamStep
-prepare_adam(FLATSTEP_CONSTANT Hyperparameters& h, float learning_rate, Step t) {
+prepare_adam(FLATSTEP_CONSTANT Hyperparameters& h, float learning_rate, Step steps_before) {
   AdamStep s;
   s.beta1 = pair(h.beta1.hi, h.beta1.lo);
   s.one_minus_beta1 = pair(h.one_minus_beta1.hi, h.one_minus_beta1.lo);
@@ -103,7 +104,7 @@ prepare_adam(FLATSTEP_CONSTANT Hyperparameters& h, float learning_rate, Step t) 
       subtract(pair(1.0f), multiply(pair(h.weight_decay.hi, h.weight_decay.lo), learning_rate)));
   if (h.bias_correction) {
     // 1 - beta^t = -(exp(t log beta) - 1) loses nothing when beta^t is close to 1.
-    Pair steps = pair_from_step(t);
+    Pair steps = pair_from_step(steps_before + 1);
     Pair log_beta1 = pair(h.log_beta1.hi, h.log_beta1.lo);
     Pair log_beta2 = pair(h.log_beta2.hi, h.log_beta2.lo);
     Pair correction1 = negated(exp_minus_one(multiply(log_beta1, steps)));

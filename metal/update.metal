@@ -3,6 +3,7 @@
 // Parameters and state are flat; gradients lie wherever the backward pass left them, so each has a
 // buffer of its own. A threadgroup works on one segment, and prepares the rule's constants once.
 #include "../csrc/backend/metal_arguments.h"
+#include "load.h"
 
 namespace flatstep {
 
@@ -10,8 +11,8 @@ namespace flatstep {
 
 struct Adam {
   typedef AdamStep Constants;
-  static Constants prepare(constant Hyperparameters& h, float learning_rate, Step t) {
-    return prepare_adam(h, learning_rate, t);
+  static Constants prepare(constant Hyperparameters& h, float learning_rate, Step steps) {
+    return prepare_adam(h, learning_rate, steps);
   }
   static Element update(Constants s, Element e, float g) {
     return adam(s, e, g);
@@ -43,122 +44,6 @@ struct Copy {
   }
   enum { READS_P = 0, HAS_M = 0, HAS_V = 0 };
 };
-
-// ---- Loads and stores of a run of elements: `count` of them, at most FLATSTEP_RUN. ----
-
-// An array whose index the compiler does not know would lie in memory instead of registers. So
-// every loop over a run goes to its end, and past `count` there are zeros that nobody stores.
-#define FLATSTEP_UNROLL _Pragma("clang loop unroll(full)")
-
-struct Run {
-  float at[FLATSTEP_RUN];
-};
-
-template <typename T>
-FLATSTEP_FN Run load_aligned(const device T* from, uint count) {
-  Run run = {};
-  if (count == FLATSTEP_RUN) {
-    vec<T, FLATSTEP_RUN> values = *(const device vec<T, FLATSTEP_RUN>*)(from);
-    FLATSTEP_UNROLL
-    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-      run.at[k] = float(values[k]);
-    }
-  } else {
-    FLATSTEP_UNROLL
-    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-      if (k < count) {
-        run.at[k] = float(from[k]);
-      }
-    }
-  }
-  return run;
-}
-
-template <typename T>
-FLATSTEP_FN void store_aligned(device T* to, Run run, uint count) {
-  if (count == FLATSTEP_RUN) {
-    vec<T, FLATSTEP_RUN> values;
-    FLATSTEP_UNROLL
-    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-      values[k] = T(run.at[k]);
-    }
-    *(device vec<T, FLATSTEP_RUN>*)(to) = values;
-  } else {
-    FLATSTEP_UNROLL
-    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-      if (k < count) {
-        to[k] = T(run.at[k]);
-      }
-    }
-  }
-}
-
-// ---- The source: any dtype, any layout. ----
-
-template <typename T>
-FLATSTEP_FN float load_one(const device char* source, int64_t offset) {
-  return float(((const device T*)source)[offset]);
-}
-
-FLATSTEP_FN float load_one(const device char* source, uint type, int64_t offset) {
-  switch (type) {
-    case SOURCE_FLOAT16:
-      return load_one<half>(source, offset);
-    case SOURCE_BFLOAT16:
-      return load_one<bfloat>(source, offset);
-    default:
-      return load_one<float>(source, offset);
-  }
-}
-
-FLATSTEP_FN Run load_aligned(const device char* source, uint type, uint64_t first, uint count) {
-  switch (type) {
-    case SOURCE_FLOAT16:
-      return load_aligned((const device half*)source + first, count);
-    case SOURCE_BFLOAT16:
-      return load_aligned((const device bfloat*)source + first, count);
-    default:
-      return load_aligned((const device float*)source + first, count);
-  }
-}
-
-// Where element `index` lies, counted in row-major order over these dimensions.
-FLATSTEP_FN int64_t
-strided_offset(constant SourceDimension* dimensions, uint num_dimensions, uint64_t index) {
-  int64_t offset = 0;
-  for (uint d = num_dimensions; d > 0; --d) {
-    uint64_t extent = dimensions[d - 1].extent;
-    // A GPU divides 32 bits much faster than 64.
-    bool is_small = (index | extent) >> 32 == 0;
-    uint64_t next = is_small ? uint64_t(uint(index) / uint(extent)) : index / extent;
-    offset += int64_t(index - next * extent) * dimensions[d - 1].stride;
-    index = next;
-  }
-  return offset;
-}
-
-FLATSTEP_FN Run load_source(
-    const device char* source,
-    constant SourceSegment& segment,
-    constant SourceDimension* dimensions,
-    uint64_t first,
-    uint count) {
-  if (segment.source_layout == SOURCE_ALIGNED) {
-    return load_aligned(source, segment.source_type, first, count);
-  }
-  Run run = {};
-  FLATSTEP_UNROLL
-  for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-    if (k < count) {
-      int64_t offset = int64_t(first + k);
-      if (segment.source_layout != SOURCE_UNALIGNED) {
-        offset = strided_offset(dimensions, segment.num_dimensions, first + k);
-      }
-      run.at[k] = load_one(source, segment.source_type, offset);
-    }
-  }
-  return run;
-}
 
 // ---- The update of a run of elements, and of one. ----
 
@@ -285,7 +170,6 @@ FLATSTEP_FN void update_tiles(
   uint num_outer = segment.num_dimensions - 2;
   uint64_t num_rows = dimensions[num_outer].extent;
   uint64_t num_columns = dimensions[num_outer + 1].extent;
-  int64_t row_stride = dimensions[num_outer].stride;
   int64_t column_stride = dimensions[num_outer + 1].stride;
   uint tiles_down = uint((num_rows + FLATSTEP_TILE - 1) / FLATSTEP_TILE);
   uint tiles_across = uint((num_columns + FLATSTEP_TILE - 1) / FLATSTEP_TILE);
@@ -302,14 +186,15 @@ FLATSTEP_FN void update_tiles(
     uint64_t column = number % tiles_across * FLATSTEP_TILE;
     uint height = uint(min(num_rows - row, uint64_t(FLATSTEP_TILE)));
     uint width = uint(min(num_columns - column, uint64_t(FLATSTEP_TILE)));
-    int64_t corner = strided_offset(dimensions, num_outer, matrix) + int64_t(row) * row_stride +
+    // The rows lie side by side.
+    int64_t corner = strided_offset(dimensions, num_outer, matrix) + int64_t(row) +
                      int64_t(column) * column_stride;
 
     for (uint i = work.thread_index; i < FLATSTEP_TILE * FLATSTEP_TILE; i += work.num_threads) {
       uint r = i % FLATSTEP_TILE;
       uint c = i / FLATSTEP_TILE;
       if (r < height && c < width) {
-        int64_t offset = corner + r * row_stride + c * column_stride;
+        int64_t offset = corner + r + c * column_stride;
         tile[r * pitch + c] = load_one(source, segment.source_type, offset);
       }
     }
@@ -393,7 +278,7 @@ template <typename R, typename P, typename M, typename V, bool HAS_TILES>
     Step now = arguments.reads_step ? step[0] : 0;
     float rate = arguments.schedule.num_pieces > 0 ? schedule_value(arguments.schedule, now)
                                                    : learning_rate[0];
-    Constants prepared = R::prepare(arguments.hyperparameters, rate, now + 1);
+    Constants prepared = R::prepare(arguments.hyperparameters, rate, now);
     thread const float* from = (thread const float*)&prepared;
     for (uint k = 0; k < sizeof(Constants) / sizeof(float); ++k) {
       shared_constants[k] = from[k];

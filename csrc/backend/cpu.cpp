@@ -274,7 +274,7 @@ void run(const Job& job) {
   }
   StepConstants constants{};
   if (job.rule.kind == RuleKind::adam) {
-    constants.adam = prepare_adam(job.rule.values, learning_rate, step + 1);
+    constants.adam = prepare_adam(job.rule.values, learning_rate, step);
   } else {
     constants.sgd = prepare_sgd(job.rule.values, learning_rate);
   }

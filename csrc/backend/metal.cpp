@@ -126,7 +126,40 @@ void encode(
 
 // ---- A step of a bucket. ----
 
-// One bucket's step on its way into the command buffer.
+// The dispatches over one list of sources, with their kernels compiled.
+class Pass {
+ public:
+  Pass(
+      metal::Device& device,
+      const std::string& rule,
+      const std::vector<mx::Dtype>& dtypes,  // of p, m and v
+      const std::vector<Source>& sources)
+      : dispatches_(make_dispatches(sources)) {
+    for (const Dispatch& dispatch : dispatches_) {
+      auto*& kernel = kernels_[dispatch.has_tiles];
+      if (!kernel) {
+        kernel = update_kernel(device, rule, dtypes, dispatch.has_tiles);
+      }
+    }
+  }
+
+  void encode_all(
+      metal::CommandEncoder& encoder,
+      const FlatBuffers& flat,
+      const StepArguments& arguments) const {
+    auto concurrent = encoder.start_concurrent();
+    for (const Dispatch& dispatch : dispatches_) {
+      encode(encoder, kernels_[dispatch.has_tiles], flat, arguments, dispatch);
+    }
+  }
+
+ private:
+  std::vector<Dispatch> dispatches_;
+  MTL::ComputePipelineState* kernels_[2]{};  // without and with tiles
+};
+
+// One bucket's step on its way into the command buffer. All that can fail, a kernel that does not
+// compile above all, is done before anything is encoded.
 class UpdateEncoder {
  public:
   UpdateEncoder(
@@ -134,37 +167,53 @@ class UpdateEncoder {
       : update_(update),
         inputs_(inputs),
         outputs_(outputs),
-        device_(metal::device(update.stream().device)) {
-    for (size_t i = 0; i < update.num_segments(); ++i) {
-      const Segment& s = update.plan_ptr()->segments[i];
-      const mx::array& gradient = operand(update.first_gradient_operand() + i);
-      gradients_.push_back({&gradient, s.size, s.p_offset, s.state_offset});
-    }
-    dispatches_ = make_dispatches(gradients_);
-    // Compiled before anything is placed or encoded, so that an error leaves all as it was.
-    for (const Dispatch& dispatch : dispatches_) {
-      kernels_.push_back(
-          update_kernel(device_, metal_rule(update.rule()), stored_dtypes(), dispatch.has_tiles));
-    }
+        device_(metal::device(update.stream().device)),
+        pass_(device_, metal_rule(update.rule()), stored_dtypes(), gradients()) {
   }
 
+  // Called once the outputs have their memory.
   void run() {
+    std::vector<Copy> copies = make_copies();
     auto& encoder = metal::get_command_encoder(update_.stream());
+    for (const Copy& copy : copies) {
+      StepArguments arguments{};
+      arguments.schedule.num_pieces = 1;  // so that no learning rate is read
+      copy.pass.encode_all(encoder, FlatBuffers{nullptr, copy.out}, arguments);
+    }
+    encode_update(encoder);
+  }
+
+ private:
+  // Writes arrays that lie apart, or do not start where a flat array may, into a flat one.
+  struct Copy {
+    Pass pass;
+    mx::array* out;
+  };
+
+  std::vector<Copy> make_copies() {
+    std::vector<Copy> copies;
+    auto add = [&](const std::vector<Source>& sources, mx::array& out) {
+      std::vector<mx::Dtype> dtypes{out.dtype(), mx::float32, mx::float32};
+      copies.push_back({Pass(device_, "Copy", dtypes, sources), &out});
+    };
     for (size_t k = 0; k < update_.num_slots(); ++k) {
       const mx::array& state = operand(update_.first_state_operand() + k);
       mx::array& out = outputs_[1 + k];
       if (out.data_shared_ptr() != state.data_shared_ptr()) {
         // Whole, gaps and leaves without a gradient included.
-        copy(encoder, {{&state, out.size(), 0, 0}}, out);
+        add({{&state, out.size(), 0, 0}}, out);
       }
     }
-    const mx::array* p_in = &operand(update_.first_parameter_operand());
-    if (!update_.has_flat_parameters() && !lie_in_one_buffer(*update_.plan_ptr(), p_in)) {
-      copy(encoder, leaves(), outputs_[0]);
-      p_in = &outputs_[0];
+    p_in_ = &operand(update_.first_parameter_operand());
+    if (!update_.has_flat_parameters() && !lie_in_one_buffer(*update_.plan_ptr(), p_in_)) {
+      add(leaves(), outputs_[0]);
+      p_in_ = &outputs_[0];
     }
+    return copies;
+  }
 
-    FlatBuffers flat{p_in, &outputs_[0]};
+  void encode_update(metal::CommandEncoder& encoder) {
+    FlatBuffers flat{p_in_, &outputs_[0]};
     bool is_adam = update_.rule().kind == RuleKind::adam;
     flat.m = is_adam ? &outputs_[1] : nullptr;
     flat.v = update_.num_slots() > 0 ? &outputs_.back() : nullptr;
@@ -174,19 +223,25 @@ class UpdateEncoder {
     StepArguments arguments{};
     arguments.hyperparameters = update_.rule().values;
     arguments.reads_step = update_.reads_step();
-    arguments.p_in_place = p_in->buffer().ptr() == outputs_[0].buffer().ptr();
+    arguments.p_in_place = p_in_->buffer().ptr() == outputs_[0].buffer().ptr();
     if (update_.schedule()) {
       arguments.schedule = *update_.schedule();
     }
-    auto concurrent = encoder.start_concurrent();
-    for (size_t i = 0; i < dispatches_.size(); ++i) {
-      encode(encoder, kernels_[i], flat, arguments, dispatches_[i]);
-    }
+    pass_.encode_all(encoder, flat, arguments);
   }
 
- private:
   const mx::array& operand(size_t i) const {
     return update_.operand(inputs_, i);
+  }
+
+  std::vector<Source> gradients() const {
+    std::vector<Source> sources;
+    for (size_t i = 0; i < update_.num_segments(); ++i) {
+      const Segment& s = update_.plan_ptr()->segments[i];
+      const mx::array& gradient = operand(update_.first_gradient_operand() + i);
+      sources.push_back({&gradient, s.size, s.p_offset, s.state_offset});
+    }
+    return sources;
   }
 
   // The parameters, where each has an array of its own.
@@ -206,27 +261,12 @@ class UpdateEncoder {
     return {outputs_[0].dtype(), m, v};
   }
 
-  // Writes arrays that lie apart, or do not start where a flat array may, into a flat one.
-  void copy(
-      metal::CommandEncoder& encoder, const std::vector<Source>& sources, mx::array& out) const {
-    FlatBuffers flat{nullptr, &out};
-    StepArguments arguments{};
-    arguments.schedule.num_pieces = 1;  // so that no learning rate is read
-    auto concurrent = encoder.start_concurrent();
-    for (const Dispatch& dispatch : make_dispatches(sources)) {
-      auto* kernel = update_kernel(
-          device_, "Copy", {out.dtype(), mx::float32, mx::float32}, dispatch.has_tiles);
-      encode(encoder, kernel, flat, arguments, dispatch);
-    }
-  }
-
   FusedUpdate& update_;
   const std::vector<mx::array>& inputs_;
   std::vector<mx::array>& outputs_;
   metal::Device& device_;
-  std::vector<Source> gradients_;
-  std::vector<Dispatch> dispatches_;
-  std::vector<MTL::ComputePipelineState*> kernels_;
+  Pass pass_;
+  const mx::array* p_in_{nullptr};
 };
 
 }  // namespace

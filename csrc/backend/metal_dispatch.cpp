@@ -35,8 +35,8 @@ SourceType source_type(mx::Dtype dtype) {
   }
 }
 
-// The tiles that cover a source whose last two dimensions are transposed; 0 when they are not, or
-// when there are more than the kernel counts.
+// The tiles that cover a source whose last two dimensions are transposed, so that its rows lie side
+// by side; 0 when they are not, or when there are more than the kernel counts.
 size_t num_tiles(const StridedLayout& layout, size_t size) {
   size_t n = layout.shape().size();
   if (n < 2 || layout.strides()[n - 2] != 1 || !layout.crosses_lines()) {

@@ -1,9 +1,11 @@
 """The Metal backend from Python to the kernels, run where flatstep is the stand-in's.
 
-`test_host.py` runs this file in a process of its own, with the plugin standin_plugin.py.
+`test_standin.py` runs this file in a process of its own, with the plugin standin_plugin.py.
 """
 
 import os
+import subprocess
+import sys
 from itertools import product
 from typing import Any
 
@@ -28,7 +30,7 @@ TRAINED = [
 
 
 def updates(log: list[str]) -> list[str]:
-    return [line for line in log if line.startswith("update")]
+    return [line for line in log if line.startswith("flatstep update") and "Copy" not in line]
 
 
 def many(count: int, rng: np.random.Generator, dtype: mx.Dtype = mx.float32) -> dict[str, mx.array]:
@@ -113,6 +115,165 @@ def test_a_bucket_takes_a_dispatch_for_every_twenty_gradients(
     # They write disjoint parts of the same arrays, so none has to wait for another.
     assert all("barrier=0" in line for line in updates(log)[1:])
     assert len(log) == len(updates(log)) + 1  # the step's count
+
+
+@pytest.mark.parametrize("place", [0, 7, 24])
+def test_one_transposed_gradient_takes_tiles_and_its_neighbours_go_with_it(
+    place: int, standin: StandIn
+) -> None:
+    rng = np.random.default_rng(11)
+    parameters = many(25, rng)
+    optimizer = optim.AdamW(1e-2)
+    gradients = {k: random_array(v.shape, rng) for k, v in parameters.items()}
+    shape = parameters[f"p{place}"].shape
+    gradients[f"p{place}"] = random_array(shape[::-1], rng).T
+    for _ in range(2):
+        standin.take_log()
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+    tiled = ["true;" in line for line in updates(standin.take_log())]
+    assert tiled == [place < BOUND, place >= BOUND]
+
+
+# Trees whose arrays lie in memory in ways that the host has to notice.
+def _sliced(dtype: mx.Dtype, rng: np.random.Generator) -> Any:
+    big = random_array((2100,), rng, dtype)
+    mx.eval(big)
+    sizes = [(1, 1001), (2, 902), (3, 503), (4, 404), (5, 25), (8, 68)]
+    gradients = {f"at {first}": big[first:last] for first, last in sizes}
+    return gradients, {k: random_array(v.shape, rng) for k, v in gradients.items()}
+
+
+def _many_dimensions(rng: np.random.Generator) -> Any:
+    # No two of the 15 dimensions can be merged; 20 such leaves do not fit one dispatch.
+    shape = (2,) * 15
+    order = [*range(0, 15, 2), *range(1, 15, 2)]
+    gradients = {str(i): random_array(shape, rng).transpose(order) for i in range(20)}
+    return gradients, {k: random_array(shape, rng) for k in gradients}
+
+
+def _empty(rng: np.random.Generator) -> Any:
+    shapes = {"a": (0,), "b": (3, 0), "c": (0, 2)}
+    return tuple({k: random_array(s, rng) for k, s in shapes.items()} for _ in range(2))
+
+
+def _some_empty(rng: np.random.Generator) -> Any:
+    shapes = {"a": (0,), "b": (3, 5), "c": (0, 2), "d": (7,)}
+    return tuple({k: random_array(s, rng) for k, s in shapes.items()} for _ in range(2))
+
+
+UNUSUAL_TREES = {
+    "slices, float32": lambda rng: _sliced(mx.float32, rng),
+    "slices, float16": lambda rng: _sliced(mx.float16, rng),
+    "slices, bfloat16": lambda rng: _sliced(mx.bfloat16, rng),
+    "more dimensions than a dispatch describes": _many_dimensions,
+    "nothing": _empty,
+    "nothing here and there": _some_empty,
+}
+
+
+@pytest.mark.parametrize("tree", UNUSUAL_TREES)
+def test_the_host_notices_how_arrays_lie(tree: str, standin: StandIn) -> None:
+    gradients, start = UNUSUAL_TREES[tree](np.random.default_rng(12))
+    mx.eval(gradients, start)
+    results = []
+    for on_gpu in (False, True):
+        standin.use_gpu(on_gpu)
+        optimizer = optim.AdamW(1e-2, bias_correction=True)
+        parameters = {k: mx.array(v) for k, v in start.items()}
+        for _ in range(3):
+            parameters = optimizer.apply_gradients(gradients, parameters)
+            mx.eval(parameters, optimizer.state)
+        mx.synchronize()
+        results.append(tree_flatten((parameters, dict(optimizer.state)), destination={}))
+    for name, value in results[0].items():
+        np.testing.assert_array_equal(float32(value), float32(results[1][name]), err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["p", "m", "v"])
+@pytest.mark.parametrize("first", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+def test_a_flat_array_may_start_anywhere(
+    name: str, first: int, dtype: mx.Dtype, standin: StandIn
+) -> None:
+    results = []
+    for on_gpu in (False, True):
+        standin.use_gpu(on_gpu)
+        rng = np.random.default_rng(13)
+        arrays = {k: random_array((1000,), rng, dtype) for k in ("p", "g", "m", "v")}
+        arrays["v"] = mx.abs(arrays["v"])
+        # Nobody else holds what the slice is a part of.
+        arrays[name] = mx.concatenate([mx.zeros(first, dtype), arrays[name]])[first:]
+        mx.eval(arrays)
+        optimizer = optim.Adam(1e-2)
+        flat = optimizer.flat_update(
+            arrays.pop("p"), arrays.pop("g"), arrays.pop("m"), arrays.pop("v"), step=3
+        )
+        mx.eval(flat.parameter, flat.state)
+        mx.synchronize()
+        results.append([float32(a) for a in (flat.parameter, *flat.state)])
+    for cpu, gpu in zip(*results, strict=True):
+        np.testing.assert_array_equal(cpu, gpu)
+
+
+def test_state_of_two_dtypes_held_state_and_a_part_of_the_leaves(standin: StandIn) -> None:
+    results = []
+    for on_gpu in (False, True):
+        standin.use_gpu(on_gpu)
+        rng = np.random.default_rng(14)
+        parameters = many(30, rng)
+        optimizer = optim.AdamW(1e-2, bias_correction=True)
+        optimizer.init(parameters)
+        held = []
+        for step in range(4):
+            some = {k: v for i, (k, v) in enumerate(parameters.items()) if (i + step) % 3}
+            gradients = {k: random_array(v.shape, rng) for k, v in some.items()}
+            updated = optimizer.apply_gradients(gradients, parameters)
+            mx.eval(updated, optimizer.state)
+            parameters = {**parameters, **updated}
+            held.append(optimizer.state["p3"]["v"])
+            mx.eval(held)
+        state = dict(optimizer.state)
+        flat = optimizer.flat_update(
+            parameters["p0"].reshape(-1),
+            mx.ones(21),
+            mx.zeros(21, mx.bfloat16),
+            mx.zeros(21, mx.float32),
+            step=0,
+        )
+        mx.eval(state, flat.parameter, flat.state)
+        mx.synchronize()
+        everything = tree_flatten((parameters, state, held, flat.parameter, list(flat.state)))
+        results.append([float32(a) for _, a in everything])
+    for cpu, gpu in zip(*results, strict=True):
+        np.testing.assert_array_equal(cpu, gpu)
+
+
+def test_more_dimensions_than_the_tables_take_is_a_clear_error(standin: StandIn) -> None:
+    shape = (2,) * 2 + (1,) * 300
+    gradients = {"w": mx.ones(shape)}
+    optimizer = optim.SGD(1e-2)
+    # Dimensions of one element do not count, so that even this is fine.
+    updated = optimizer.apply_gradients(gradients, {"w": mx.zeros(shape)})
+    mx.eval(updated)
+    assert updated["w"].shape == shape
+
+
+def test_every_kernel_asked_for_is_among_all_instances(standin: StandIn) -> None:
+    """What continuous integration compiles on a Mac is what users' Macs will compile."""
+    script = [sys.executable, "scripts/metal_source.py", "--all-instances"]
+    text = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    rng = np.random.default_rng(15)
+    for case, dtype in product(TRAINED, (mx.float32, mx.bfloat16)):
+        optimizer = case.make(optim, optim.exponential_decay(1e-2, 0.9))
+        parameters = many(3, rng, dtype)
+        gradients = {k: random_array(v.shape[::-1], rng, dtype).T for k, v in parameters.items()}
+        mx.eval(optimizer.apply_gradients(gradients, parameters), optimizer.state)
+    names = {line.split("; ")[0] for line in standin.take_log()}
+    instances = {name.removeprefix("flatstep update ") for name in names if "update" in name}
+    assert len(instances) >= 2 * len(TRAINED)
+    for instance in instances:
+        assert f'", {instance})' in text, instance
 
 
 def test_mixed_dtypes_and_layouts_share_a_dispatch(standin: StandIn) -> None:
@@ -207,6 +368,33 @@ def test_a_kernel_that_does_not_compile_is_an_exception_with_the_compilers_messa
     # What failed can be evaluated once the cause is gone: nothing was lost.
     mx.eval(updated, optimizer.state)
     assert not np.array_equal(float32(updated["w"]), held)
+
+
+def test_nothing_is_encoded_before_all_kernels_are_there(standin: StandIn, tmp_path: Any) -> None:
+    """State is copied before parameters are; here the second copy's kernel does not compile."""
+    rng = np.random.default_rng(7)
+    # No other test here has transposed parameters of this type.
+    parameters = {"w": random_array((5, 7), rng, mx.float16).T}
+    gradients = {"w": random_array((7, 5), rng)}
+    mx.eval(parameters, gradients)
+    optimizer = optim.SGD(1e-2, momentum=0.9)
+    optimizer.init(parameters)
+    mx.eval(optimizer.state)
+    command = tmp_path / "fails.sh"
+    refuse = 'if grep -q \'("update", Copy, half, float, float, true)\' "$1"; then exit 1; fi'
+    command.write_text(f'{refuse}\nexec {standin.compiler} "$@"\n')
+    good = standin.compiler
+    standin.take_log()
+    standin.set_compiler(f"sh {command}", os.environ["FLATSTEP_STANDIN_SCRATCH"])
+    try:
+        updated = optimizer.apply_gradients(gradients, parameters)
+        with pytest.raises(RuntimeError, match="Unable to build metal library"):
+            mx.eval(updated)
+    finally:
+        standin.set_compiler(good, os.environ["FLATSTEP_STANDIN_SCRATCH"])
+    assert standin.take_log() == []
+    mx.eval(updated, optimizer.state)
+    assert not np.array_equal(float32(updated["w"]), float32(parameters["w"]))
 
 
 def test_a_compiled_training_step_runs_on_it(standin: StandIn) -> None:

@@ -23,6 +23,7 @@ from updates import (
     Leaf,
     Type,
     Update,
+    check_far_group,
     check_far_segment,
     check_far_source,
     kernel_rule,
@@ -125,7 +126,7 @@ def test_every_kernel_that_the_engine_may_ask_for_passes_the_strict_checks() -> 
     script = [sys.executable, str(SOURCE_SCRIPT), "--all-instances"]
     text = subprocess.run(script, capture_output=True, text=True, check=True).stdout
     assert text.isascii()
-    simulator.check(text)
+    simulator.check(text, warnings_are_errors=True)
 
 
 @pytest.mark.parametrize("case", RULES, ids=str)
@@ -297,10 +298,16 @@ def test_nan_and_infinity_are_seen(
     assert np.isfinite(p[[0, 2, 4, 5, 6]]).all()
 
 
-def test_a_segment_may_lie_beyond_four_billion_elements(library: Any) -> None:
-    check_far_segment(library, instance(ADAMW, (FLOAT,) * 3))
+@pytest.mark.parametrize("layout", ["aligned", "transposed"])
+def test_a_segment_may_lie_beyond_four_billion_elements(layout: str, library: Any) -> None:
+    check_far_segment(library, instance(ADAMW, (FLOAT,) * 3), layout)
 
 
 @pytest.mark.parametrize("layout", [args.STRIDED, args.TILED])
 def test_a_source_may_stride_over_billions_of_elements(layout: int, library: Any) -> None:
     check_far_source(library, instance(ADAMW, (FLOAT,) * 3), layout)
+
+
+@pytest.mark.parametrize("layout", [args.ALIGNED, args.UNALIGNED, args.STRIDED, args.TILED])
+def test_a_leaf_may_have_more_than_four_billion_elements(layout: int, library: Any) -> None:
+    check_far_group(library, instance(ADAMW, (FLOAT,) * 3), layout)

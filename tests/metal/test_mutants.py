@@ -20,6 +20,7 @@ from updates import (
     HALF,
     TYPES,
     Update,
+    check_far_group,
     check_far_segment,
     check_far_source,
     make_leaf,
@@ -39,6 +40,12 @@ WRITE_TILE = f"uint c = i % FLATSTEP_TILE;\n      {INSIDE_TILE}"
 LOAD = "vec<T, FLATSTEP_RUN> values = *"
 STORE = "vec<T, FLATSTEP_RUN> values;\n"
 TAIL = "if (k < count) {\n"
+
+LOAD_SOURCE = """Run load_source(
+    const device char* source,
+    constant SourceSegment& segment,
+    constant SourceDimension* dimensions,
+    uint64_t first,"""
 
 # What is changed, and into what.
 MUTANTS = {
@@ -89,6 +96,29 @@ MUTANTS = {
         "int offset = 0;",
     ),
     "64 bits cut to 32 in a tile": ("int64_t column_stride =", "int column_stride ="),
+    "64 bits cut to 32 in the runs": ("uint64_t first_run =", "uint first_run ="),
+    "64 bits cut to 32 in a run's start": (
+        "uint64_t first = (first_run",
+        "uint first = uint(first_run",
+    ),
+    "64 bits cut to 32 in a source": (LOAD_SOURCE, LOAD_SOURCE.replace("uint64_t", "uint")),
+    "64 bits cut to 32 in a tile's corner": ("int64_t corner = ", "int corner = "),
+    "64 bits cut to 32 in a tile's start": (
+        "uint64_t first = (uint64_t(matrix)",
+        "uint first = uint(uint64_t(matrix)",
+    ),
+    "64 bits cut to 32 in a tile's p": (
+        "uint64_t p_at = segment.p_offset + index;",
+        "uint p_at = segment.p_offset + index;",
+    ),
+    "64 bits cut to 32 in a tile's state": (
+        "uint64_t state_at = segment.state_offset + index;",
+        "uint state_at = segment.state_offset + index;",
+    ),
+    "64-bit division cut to 32": (
+        "bool is_small = (index | extent) >> 32 == 0;",
+        "bool is_small = true;",
+    ),
     # Barriers
     "no barrier after the constants": (
         BARRIER + "\n  Constants constants;",
@@ -136,7 +166,10 @@ MUTANTS = {
     # What is prepared
     "nobody prepares": ("if (thread_index == 0) {", "if (thread_index == 1000) {"),
     "all prepare": ("if (thread_index == 0) {", "if (true) {"),
-    "step before the increment": ("rate, now + 1)", "rate, now)"),
+    "step before the increment": (
+        "pair_from_step(steps_before + 1)",
+        "pair_from_step(steps_before)",
+    ),
     "schedule ignored": (
         "schedule.num_pieces > 0 ? schedule_value",
         "schedule.num_pieces > 1 ? schedule_value",
@@ -206,9 +239,12 @@ def battery(text: str) -> None:
         update = Update(adam, [leaf], (FLOAT,) * 3, step=1)
         update.run(library, PLAIN)
         update.check()
-    check_far_segment(library, PLAIN)
-    check_far_source(library, PLAIN, args.STRIDED)
-    check_far_source(library, PLAIN, args.TILED)
+    for layout in ("aligned", "transposed"):
+        check_far_segment(library, PLAIN, layout)
+    for layout in (args.STRIDED, args.TILED):
+        check_far_source(library, PLAIN, layout)
+    for layout in (args.ALIGNED, args.UNALIGNED, args.STRIDED, args.TILED):
+        check_far_group(library, PLAIN, layout)
     check_advance(library)
 
 

@@ -3,6 +3,7 @@
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import arguments as args
@@ -216,9 +217,16 @@ class Update:
         order: str = "forward",
         check_memory: bool = True,
         flush_to_zero: bool = False,
+        first_group: int = 0,
     ) -> None:
-        """Runs the kernel, which may touch the leaves' own bytes and nothing else."""
+        """Runs the kernel, which may touch the leaves' own bytes and nothing else.
+
+        `first_group`: leaves out the threadgroups of the first leaf before it.
+        """
         arguments, segments, dimensions, groups = self.tables(passes)
+        if first_group:
+            segments["first_group"][0] = np.uint32(-first_group % (1 << 32))
+            groups -= first_group
         if in_place:
             self.p_out[:] = self.p_in
         p_in = self.p_out if in_place else self.p_in
@@ -299,13 +307,15 @@ def reserved_array(size: int) -> NDArray[np.float32]:
     return np.frombuffer(mmap.mmap(-1, size * 4, flags=flags), np.float32)
 
 
-def check_far_segment(library: Any, kernel: str) -> None:
+FAR = Case("AdamW", {"weight_decay": 0.1, "bias_correction": True})
+
+
+def check_far_segment(library: Any, kernel: str, layout: str) -> None:
     """A segment billions of elements into its flat arrays is updated as one at their start."""
-    case = Case("AdamW", {"weight_decay": 0.1, "bias_correction": True})
-    leaf = make_leaf("aligned", (70,), FLOAT, np.random.default_rng(12))
-    near = Update(case, [leaf], (FLOAT,) * 3)
+    leaf = make_leaf(layout, (7, 10), FLOAT, np.random.default_rng(12))
+    near = Update(FAR, [leaf], (FLOAT,) * 3)
     near.run(library, kernel)
-    far = Update(case, [leaf], (FLOAT,) * 3)
+    far = Update(FAR, [leaf], (FLOAT,) * 3)
     p_at, state_at = (1 << 32) + 64, (1 << 33) + 128
     where = {"p_in": (0, p_at), "p_out": (0, p_at), "m": (128, state_at), "v": (128, state_at)}
     for name, (old_at, new_at) in where.items():
@@ -321,14 +331,54 @@ def check_far_segment(library: Any, kernel: str) -> None:
 
 
 def check_far_source(library: Any, kernel: str, layout: int) -> None:
-    """A gradient whose elements lie billions apart is read where they are."""
-    far = (1 << 31) + 7
-    shape, strides = ((3, 5), (far, 1)) if layout == args.STRIDED else ((5, 3), (1, far))
-    memory = reserved_array(2 * far + 5)
+    """A gradient whose elements lie billions apart is read where they are, also in later tiles."""
+    far, outer = (1 << 31) + 7, 40
+    shape = (2, 3, 5) if layout == args.STRIDED else (2, outer, 35)
+    strides = (far * 40, far, 1) if layout == args.STRIDED else (far * 40, 1, far)
+    memory = reserved_array(far * 80)
     rng = np.random.default_rng(13)
-    for row in range(3):
-        memory[row * far : row * far + 5] = random_values(5, rng)
-    case = Case("AdamW", {"weight_decay": 0.1, "bias_correction": True})
-    update = Update(case, [Leaf(memory, 0, FLOAT, layout, shape, strides)], (FLOAT,) * 3)
+    rows = range(shape[1] if layout == args.STRIDED else shape[2])
+    length = shape[2] if layout == args.STRIDED else shape[1]
+    for matrix, row in product(range(2), rows):
+        start = matrix * strides[0] + row * far
+        memory[start : start + length] = random_values(length, rng)
+    update = Update(FAR, [Leaf(memory, 0, FLOAT, layout, shape, strides)], (FLOAT,) * 3)
     update.run(library, kernel)
     update.check()
+
+
+def check_far_group(library: Any, kernel: str, layout: int) -> None:
+    """The threadgroups at the end of a leaf of billions of elements, and no others."""
+    columns = 64
+    rows = (1 << 27) + args.TILE  # times the columns: more than 2^33 elements
+    size = rows * columns
+    last = args.THREADS * args.RUN  # how many elements the last threadgroup has
+    shape, strides = (size,), ()
+    if layout != args.ALIGNED and layout != args.UNALIGNED:
+        shape, strides = (rows, columns), (1, rows)
+    first_of_last = size - last
+    # Elements of the last pass, and where their gradients lie.
+    index = np.arange(first_of_last, size)
+    if layout == args.TILED:  # the last tile: 32 rows of the last 32 columns
+        row, column = np.divmod(np.arange(args.TILE**2), args.TILE)
+        index = (rows - args.TILE + row) * columns + columns - args.TILE + column
+    source_index = index // columns + index % columns * rows if strides else index
+    rng = np.random.default_rng(16)
+    memory = reserved_array(size)
+    memory[source_index] = random_values(last, rng)
+    leaf = Leaf(memory, 0, FLOAT, layout, shape, strides)
+    small = make_leaf("aligned", (last,), FLOAT, rng)
+    small.memory[:] = memory[source_index]
+    near = Update(FAR, [small], (FLOAT,) * 3, state_start=0)
+    near.run(library, kernel)
+    far = Update.__new__(Update)
+    far.__dict__.update(near.__dict__)
+    far.leaves = [leaf]
+    for name in ("p_in", "p_out", "m", "v"):
+        reserved = reserved_array(size)
+        reserved[index] = near.before[name[0]][:last]
+        setattr(far, name, reserved)
+    work = size // last if layout != args.TILED else rows // args.TILE * columns // args.TILE
+    far.run(library, kernel, first_group=work - 1)
+    for name in ("p_out", "m", "v"):
+        np.testing.assert_array_equal(getattr(far, name)[index], getattr(near, name)[:last])

@@ -88,11 +88,15 @@ def build(
 
 
 def check(
-    source: str | Path, include_dirs: Sequence[str | Path] = (), defines: Iterable[str] = ()
+    source: str | Path,
+    include_dirs: Sequence[str | Path] = (),
+    defines: Iterable[str] = (),
+    warnings_are_errors: bool = False,
 ) -> None:
     """Raises CompileError with all that is wrong: address spaces, bfloat's conversions, lint."""
     preprocessed = _preprocess(source, include_dirs, defines)
-    stamp = cache_folder() / f"checked-{_digest(preprocessed, *_read(source))}"
+    warnings = ["-Wall", "-Wextra", "-Wunused", "-Werror"] if warnings_are_errors else []
+    stamp = cache_folder() / f"checked-{_digest(preprocessed, *_read(source), *warnings)}"
     if stamp.exists():
         return
     tokens = tokenize(preprocessed)
@@ -100,7 +104,7 @@ def check(
     try:
         translation = translate(tokens)
         findings += lint_kernels(translation.kernels, translation.entries)
-        findings += _compile_checks(translation)
+        findings += _compile_checks(translation, warnings)
     except CompileError as error:
         findings.append(str(error))
     if findings:
@@ -148,14 +152,23 @@ def _preprocess(
     return _run(command, stdin=f'#line 1 "{name}"\n{text}').stdout
 
 
-def _compile_checks(translation: Translation) -> list[str]:
+def _compile_checks(translation: Translation, warnings: list[str]) -> list[str]:
     """The strict dialect, and bfloat as a class, whose code also shows who calls whom."""
     clang = find_clang()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernels")
         file.write_text(translation.text)
-        strict = _start([*clang, *_STRICT, "-fsyntax-only", str(file)])
-        bfloat = [*_FLAT, "-DSIMULATOR_BFLOAT_CLASS", "-O0", "-S", "-emit-llvm", "-o", "-"]
+        strict = _start([*clang, *_STRICT, *warnings, "-fsyntax-only", str(file)])
+        bfloat = [
+            *_FLAT,
+            *warnings,
+            "-DSIMULATOR_BFLOAT_CLASS",
+            "-O0",
+            "-S",
+            "-emit-llvm",
+            "-o",
+            "-",
+        ]
         flat = _start([*clang, *bfloat, str(file)])
         findings = []
         for process in (strict, flat):

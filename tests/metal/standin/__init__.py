@@ -3,6 +3,7 @@
 The extension is csrc/ as it is, with MLX's Metal device replaced by the C++ files beside this one.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -16,6 +17,13 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 def build() -> Path:
     """The folder to import flatstep from. A second call compiles only what has changed."""
     folder = REPOSITORY / "build" / f"standin{SUFFIX.removesuffix('.so')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two test runs at once, one builds
+        return _build(folder)
+
+
+def _build(folder: Path) -> Path:
     configure = ["cmake", "-S", str(REPOSITORY), "-B", str(folder), "-G", "Ninja"]
     configure += ["-DFLATSTEP_METAL_STANDIN=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += ["-DCMAKE_BUILD_TYPE=Release", "--log-level=WARNING"]
@@ -35,13 +43,14 @@ def build() -> Path:
 def _link_package(folder: Path, package: Path) -> None:
     """The package's Python files beside the extension that was just built."""
     package.mkdir(parents=True, exist_ok=True)
+    python = [f for f in (REPOSITORY / "python" / "flatstep").iterdir() if f.suffix != ".so"]
+    wanted = {file.name: file for file in [*python, folder / f"_ext{SUFFIX}"]}
     for old in package.iterdir():
-        if old.is_symlink():
+        if old.is_symlink() and (old.name not in wanted or old.resolve() != wanted[old.name]):
             old.unlink()
-    for file in (REPOSITORY / "python" / "flatstep").iterdir():
-        if file.suffix == ".py" or file.is_dir():
-            (package / file.name).symlink_to(file)
-    (package / f"_ext{SUFFIX}").symlink_to(folder / f"_ext{SUFFIX}")
+    for name, file in wanted.items():
+        if not (package / name).is_symlink():
+            (package / name).symlink_to(file)
 
 
 def environment(site: Path, scratch: Path) -> dict[str, str]:

@@ -114,7 +114,7 @@ MTL::Library* Device::get_library(
   std::unique_lock lock(library_mtx_);
   auto it = library_map_.find(name);
   if (it == library_map_.end()) {
-    NS::SharedPtr library(std::make_shared<MTL::Library>(compile(build())));
+    NS::SharedPtr library(std::make_shared<MTL::Library>(name, compile(build())));
     it = library_map_.emplace(name, library).first;
   }
   return it->second.get();

@@ -10,7 +10,8 @@
 
 namespace MTL {
 
-Library::Library(const std::string& path) : handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
+Library::Library(std::string name, const std::string& path)
+    : name(std::move(name)), handle_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
   if (!handle_) {
     throw std::runtime_error(dlerror());
   }

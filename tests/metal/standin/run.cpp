@@ -44,7 +44,7 @@ void record_error(const std::string& message) {
 void record(const MTL::Command& command) {
   auto& r = records();
   std::lock_guard lock(r.mutex);
-  r.log += command.kernel->name + " groups=" + std::to_string(command.grid.width) +
+  r.log += command.kernel->library->name + "; groups=" + std::to_string(command.grid.width) +
            " threads=" + std::to_string(command.threads_per_group.width) +
            " barrier=" + (command.after_barrier ? "1" : "0") + "\n";
 }

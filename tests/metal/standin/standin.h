@@ -20,7 +20,8 @@ STANDIN_API void standin_use_gpu(int use);
 STANDIN_API void standin_set_compiler(const char* command, const char* folder);
 // How many threads a GPU runs in a threadgroup at most. At first 1024.
 STANDIN_API void standin_set_max_threads(int most);
-// The dispatches since the last call: a line each, with kernel, threadgroups, and whether it came
+// The dispatches since the last call: a line each, with the name of
+// the library, threadgroups, and whether it came
 // after a barrier. Valid until the next call.
 STANDIN_API const char* standin_take_log();
 // The first error of a kernel since the last call, empty without one. Valid until the next call.

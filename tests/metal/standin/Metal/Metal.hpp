@@ -63,13 +63,15 @@ class ResidencySet;
 class Library {
  public:
   // Loads what the simulator built.
-  explicit Library(const std::string& path);
+  Library(std::string name, const std::string& path);
   ~Library();
   Library(const Library&) = delete;
 
   // The number of the kernel with this name; -1 if there is none.
   int find(const std::string& name) const;
   void* symbol(const char* name) const;
+
+  const std::string name;
 
  private:
   void* handle_;
