@@ -2,6 +2,7 @@
 
 import argparse
 import faulthandler
+import os
 import sys
 
 from . import __version__
@@ -25,4 +26,16 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # A crash in a kernel then says at least where Python was.
     faulthandler.enable()
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        # Whoever read the output has gone; Python would complain once more when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except OSError as error:
+        print(f"python -m flatstep: {error}", file=sys.stderr)
+        status = 1
+    sys.exit(status)

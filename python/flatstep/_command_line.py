@@ -1,8 +1,11 @@
 """What the commands of ``python -m flatstep`` share: where to run, where to write, how to print."""
 
 import argparse
+import json
+import os
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from .diagnosis.environment import default_device, why_not
 
@@ -23,12 +26,30 @@ def choose_device(
 
 
 def require_writable(path: Path | None, parser: argparse.ArgumentParser) -> None:
-    """Before anything runs for long."""
+    """Before anything runs for long. What is there stays as it is."""
     if path:
         try:
-            path.write_text("")
+            is_new = not path.exists()
+            with path.open("a"):
+                pass
+            if is_new:
+                path.unlink()
         except OSError as error:
             parser.error(f"--json {path}: {error.strerror}")
+
+
+def write_json(path: Path, report: Any) -> None:
+    """Writes the report whole; an old one is there until then."""
+    text = json.dumps(report, indent=1) + "\n"
+    if path.exists() and not path.is_file():  # a pipe, say
+        path.write_text(text, encoding="utf-8")
+        return
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError:  # a folder that takes no new files
+        path.write_text(text, encoding="utf-8")
 
 
 def print_row(name: str, value: str) -> None:

@@ -20,6 +20,6 @@ def check_mlx_version() -> None:
         raise ImportError(
             f"flatstep needs mlx {REQUIRED_MLX}, for which its extension was compiled, but found "
             f"{'no mlx' if found == 'none' else 'mlx ' + found}. Mend it with: "
-            f'pip install "{wanted}=={REQUIRED_MLX}", or install the flatstep release made for your '
-            "version of mlx."
+            f'pip install "{wanted}=={REQUIRED_MLX}", or install the flatstep release made for '
+            "your version of mlx."
         )

@@ -6,13 +6,19 @@ computes next to nothing. On a Mac's GPU a prediction stands beside each time.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ._command_line import WIDTH, choose_device, print_row, print_wrapped, require_writable
+from ._command_line import (
+    WIDTH,
+    choose_device,
+    print_row,
+    print_wrapped,
+    require_writable,
+    write_json,
+)
 from .benchmark import apple_gpu, table
 from .benchmark.cases import CASES, COMMAND_CASES, Setting
 from .benchmark.contenders import GROUPS, bytes_needed, fitting
@@ -105,7 +111,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return INTERRUPTED
     finally:
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_json(options.json, report)
     return 1 if report["problems"] or not report["results"] else 0
 
 

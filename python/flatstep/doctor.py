@@ -6,14 +6,20 @@ step against a copy. The last line says PASS or FAIL, and so does the exit statu
 
 import argparse
 import dataclasses
-import json
 import textwrap
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from ._command_line import WIDTH, choose_device, print_row, print_wrapped, require_writable
+from ._command_line import (
+    WIDTH,
+    choose_device,
+    print_row,
+    print_wrapped,
+    require_writable,
+    write_json,
+)
 from .diagnosis import selftest, speed
 from .diagnosis.comparison import TOLERANCES
 from .diagnosis.environment import DEVICES, describe, why_not
@@ -68,7 +74,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             "tolerances": TOLERANCES,
             "devices": devices,
         }
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report)
     print(f"\n{verdict}: {summary}")
     return 0 if verdict == "PASS" else 1
 
