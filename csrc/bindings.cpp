@@ -166,10 +166,6 @@ void bind_schedules(nb::module_& m) {
           "step"_a,
           "The float32 learning rate at a step, as the kernels compute it.");
   m.def(
-      "constant_schedule",
-      [](double value) { return PlainSchedule({constant_piece(value)}); },
-      "value"_a);
-  m.def(
       "linear_schedule",
       [](double init, double end, int64_t steps) {
         return PlainSchedule({linear_piece(init, end, steps)});

@@ -93,10 +93,6 @@ Rule make_adam(
   return rule;
 }
 
-SchedulePiece constant_piece(double value) {
-  return empty_piece(SCHEDULE_CONSTANT, value, 1);
-}
-
 SchedulePiece linear_piece(double init, double end, int64_t steps) {
   SchedulePiece piece = empty_piece(SCHEDULE_LINEAR, init, steps);
   piece.end = split(end);

@@ -40,7 +40,6 @@ Rule make_adam(
     bool bias_correction,
     const std::string& name);
 
-SchedulePiece constant_piece(double value);
 SchedulePiece linear_piece(double init, double end, int64_t steps);
 SchedulePiece cosine_piece(double init, double end, int64_t steps);
 SchedulePiece exponential_piece(double init, double decay_rate, int64_t step_size);
