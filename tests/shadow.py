@@ -20,11 +20,17 @@ def copied(tree: Any) -> Any:
 
 
 def bits(held: Any) -> dict[str, bytes]:
-    """The bytes of whatever arrays, views or buffers are in a tree, by their paths."""
-    return {
-        path: np.array(leaf.astype(mx.float32) if isinstance(leaf, mx.array) else leaf).tobytes()
-        for path, leaf in leaves(held).items()
-    }
+    """The bytes of whatever arrays, views or buffers are in a tree, by their paths.
+
+    A NaN is a NaN: which one it is, MLX changes when it converts to float16.
+    """
+    found = {}
+    for path, leaf in leaves(held).items():
+        values = np.array(leaf.astype(mx.float32) if isinstance(leaf, mx.array) else leaf)
+        if np.issubdtype(values.dtype, np.floating):
+            values[np.isnan(values)] = np.nan
+        found[path] = values.tobytes()
+    return found
 
 
 def replaced(tree: Any, new: dict[str, mx.array]) -> Any:

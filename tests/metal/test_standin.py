@@ -5,8 +5,11 @@ tables, memory decisions, and the kernels' own text, run by the simulator. Most 
 the CPU backend passes, as they are.
 """
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import standin
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="here the GPU itself runs it")
 
 TESTS = standin.REPOSITORY / "tests"
+Run = subprocess.CompletedProcess[str]
 
 # What is not run here of the CPU backend's tests, and why.
 LEFT_OUT = {
@@ -27,8 +31,9 @@ LEFT_OUT = {
     "test_torch.py": "takes long, and says what test_parity.py says",
 }
 SELECTION = {
-    "test_parity.py": "not a_thousand_steps",  # takes long
-    "test_threads_and_forks.py": "two_threads or moves_between or main_one",  # the rest forks
+    "test_parity.py": ["-k", "not a_thousand_steps"],  # takes long
+    # The rest forks.
+    "test_threads_and_forks.py": ["-k", "two_threads or moves_between or main_one"],
 }
 ENGINE = sorted(path.name for path in TESTS.glob("test_*.py") if path.name not in LEFT_OUT)
 
@@ -70,51 +75,56 @@ MISFITS = {
 }
 
 
+PASS = {
+    "the host": ["tests/metal/on_standin.py"],
+    **{file: [f"tests/{file}", *SELECTION.get(file, [])] for file in ENGINE},
+}
+
+
 @pytest.fixture(scope="session")
-def site() -> Path:
-    """The stand-in's extension, built."""
-    return standin.build()
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Run]]]:
+    """The processes of the tests that were asked for, a few at a time."""
+    site = standin.build()
+    here = [item for item in request.session.items if item.path == Path(__file__)]
+    jobs = [item.callspec.params["job"] for item in here]  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {job: pool.submit(run, job, site, tmp_path_factory.mktemp("run")) for job in jobs}
+        pool.shutdown(cancel_futures=True)
 
 
-def run_tests(
-    site: Path, scratch: Path, arguments: list[str], **environment: str
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "standin_plugin", "-q", *arguments]
-    variables = {**standin.environment(site, scratch), **environment}
+def run(job: str, site: Path, scratch: Path) -> Run:
+    variables = standin.environment(site, scratch)
+    if job in PASS:
+        arguments = PASS[job]
+    else:
+        mutate = scratch / "mutate.py"
+        mutate.write_text(f"from mutants import main\nmain(*{MISFITS[job]!r})\n")
+        variables["FLATSTEP_STANDIN_COMPILER"] = f"{sys.executable} {mutate} build --no-check"
+        arguments = ["tests/metal/on_standin.py", "-k", "a_hundred_steps or a_gpu_that_runs"]
+    command = [sys.executable, "-m", "pytest", "-p", "standin_plugin", "-q", "-x", *arguments]
     return subprocess.run(
         command, cwd=standin.REPOSITORY, env=variables, capture_output=True, text=True, check=False
     )
 
 
-def assert_passed(done: subprocess.CompletedProcess[str]) -> None:
+@pytest.mark.parametrize("job", PASS)
+def test_tests_pass_with_every_update_through_the_metal_backend(
+    job: str, runs: dict[str, Future[Run]]
+) -> None:
+    done = runs[job].result()
     shown = done.stdout
     if len(shown) > 9000:  # the first failure and the summary
         shown = f"{shown[:6000]}\n...\n{shown[-2000:]}"
     assert done.returncode == 0, f"{shown}\n{done.stderr[-2000:]}"
 
 
-def test_the_host_dispatches_as_it_should(site: Path, tmp_path: Path) -> None:
-    assert_passed(run_tests(site, tmp_path, ["tests/metal/on_standin.py", "-x"]))
-
-
-@pytest.mark.parametrize("file", ENGINE)
-def test_the_engines_tests_pass_on_the_metal_backend(file: str, site: Path, tmp_path: Path) -> None:
-    selection = ["-k", SELECTION[file]] if file in SELECTION else []
-    assert_passed(run_tests(site, tmp_path, [f"tests/{file}", "-x", *selection]))
-
-
-@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("job", MISFITS)
 def test_a_kernel_that_does_not_fit_the_host_is_found(
-    misfit: str, site: Path, tmp_path: Path
+    job: str, runs: dict[str, Future[Run]]
 ) -> None:
-    old, new = MISFITS[misfit]
-    mutate = tmp_path / "mutate.py"
-    mutate.write_text(f"from mutants import main\nmain({old!r}, {new!r})\n")
-    done = run_tests(
-        site,
-        tmp_path,
-        ["tests/metal/on_standin.py", "-x", "-k", "a_hundred_steps or a_gpu_that_runs"],
-        FLATSTEP_STANDIN_COMPILER=f"{sys.executable} {mutate} build --no-check",
-    )
+    done = runs[job].result()
     assert done.returncode == 1, done.stdout[-4000:]
+    assert "1 failed" in done.stdout or "1 error" in done.stdout
     assert "stands 0 times" not in done.stdout
