@@ -152,6 +152,11 @@ def _many_dimensions(rng: np.random.Generator) -> Any:
     return gradients, {k: random_array(shape, rng) for k in gradients}
 
 
+def _transposed_matrices(rng: np.random.Generator) -> Any:
+    gradients = {"w": random_array((3, 40, 70), rng).swapaxes(1, 2)}
+    return gradients, {"w": random_array((3, 70, 40), rng)}
+
+
 def _empty(rng: np.random.Generator) -> Any:
     shapes = {"a": (0,), "b": (3, 0), "c": (0, 2)}
     return tuple({k: random_array(s, rng) for k, s in shapes.items()} for _ in range(2))
@@ -166,6 +171,7 @@ UNUSUAL_TREES = {
     "slices, float32": lambda rng: _sliced(mx.float32, rng),
     "slices, float16": lambda rng: _sliced(mx.float16, rng),
     "slices, bfloat16": lambda rng: _sliced(mx.bfloat16, rng),
+    "several transposed matrices in a leaf": _transposed_matrices,
     "more dimensions than a dispatch describes": _many_dimensions,
     "nothing": _empty,
     "nothing here and there": _some_empty,
