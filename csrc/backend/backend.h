@@ -21,12 +21,12 @@ bool holds_operands(mx::Device device);
 // The GPU backend of this build; null when it has none.
 const char* gpu_backend_name();
 
-// Finds the outputs with their memory in place: an output that shares an input's memory is updated
-// in place, any other is written afresh.
+// Evaluates an update on the CPU: gives the outputs their memory, in place where it may be, and
+// writes them.
 void cpu_fused_update(
     FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
 
-// Writes the next step and, with a schedule, the learning rate, to outputs with fresh memory.
+// Writes the next step and, with a schedule, the learning rate, to fresh memory.
 void cpu_advance(
     Advance& advance, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
 

@@ -10,11 +10,13 @@
 #include <optional>
 #include <stdexcept>
 
+#include "allocate.h"
 #include "backend/backend.h"
 #include "backend/cpu_dispatch.h"
 #include "backend/strided.h"
 #include "backend/thread_pool.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/stream.h"
 
 namespace flatstep {
 
@@ -337,6 +339,9 @@ void clear_fresh_gaps(const Job& job, bool p_in_place, const std::vector<mx::arr
 
 void cpu_fused_update(
     FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  // Work that is still queued holds the buffers that it reads, the backward pass's reads of the
+  // weights above all. Waiting for it costs nothing: this step needs its gradients anyway.
+  update.place_outputs(inputs, outputs, [&] { mx::synchronize(update.stream()); });
   auto operand = [&](size_t i) -> const mx::array& { return update.operand(inputs, i); };
   auto job = std::make_shared<Job>();
   job->held = update.held();
@@ -376,6 +381,7 @@ void cpu_fused_update(
 
 void cpu_advance(
     Advance& advance, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  allocate_all(outputs);
   const uint64_t* step = inputs[0].data<uint64_t>();
   uint64_t* next = outputs[0].data<uint64_t>();
   auto schedule = advance.schedule();

@@ -168,7 +168,11 @@ class UpdateEncoder {
         inputs_(inputs),
         outputs_(outputs),
         device_(metal::device(update.stream().device)),
-        pass_(device_, metal_rule(update.rule()), stored_dtypes(), gradients()) {
+        pass_(
+            device_,
+            metal_rule(update.rule()),
+            stored_dtypes(),
+            leaves(update.first_gradient_operand())) {
   }
 
   // Called once the outputs have their memory.
@@ -177,7 +181,7 @@ class UpdateEncoder {
     auto& encoder = metal::get_command_encoder(update_.stream());
     for (const Copy& copy : copies) {
       StepArguments arguments{};
-      arguments.schedule.num_pieces = 1;  // so that no learning rate is read
+      arguments.schedule.num_pieces = 1;  // a constant, so that no learning rate is read
       copy.pass.encode_all(encoder, FlatBuffers{nullptr, copy.out}, arguments);
     }
     encode_update(encoder);
@@ -206,7 +210,7 @@ class UpdateEncoder {
     }
     p_in_ = &operand(update_.first_parameter_operand());
     if (!update_.has_flat_parameters() && !lie_in_one_buffer(*update_.plan_ptr(), p_in_)) {
-      add(leaves(), outputs_[0]);
+      add(leaves(update_.first_parameter_operand()), outputs_[0]);
       p_in_ = &outputs_[0];
     }
     return copies;
@@ -214,8 +218,7 @@ class UpdateEncoder {
 
   void encode_update(metal::CommandEncoder& encoder) {
     FlatBuffers flat{p_in_, &outputs_[0]};
-    bool is_adam = update_.rule().kind == RuleKind::adam;
-    flat.m = is_adam ? &outputs_[1] : nullptr;
+    flat.m = update_.num_slots() == 2 ? &outputs_[1] : nullptr;
     flat.v = update_.num_slots() > 0 ? &outputs_.back() : nullptr;
     flat.step = update_.reads_step() ? &operand(0) : nullptr;
     flat.learning_rate = update_.schedule() ? nullptr : &operand(update_.learning_rate_operand());
@@ -234,22 +237,12 @@ class UpdateEncoder {
     return update_.operand(inputs_, i);
   }
 
-  std::vector<Source> gradients() const {
+  // The operands from `first` on, an array for each segment.
+  std::vector<Source> leaves(size_t first) const {
     std::vector<Source> sources;
     for (size_t i = 0; i < update_.num_segments(); ++i) {
       const Segment& s = update_.plan_ptr()->segments[i];
-      const mx::array& gradient = operand(update_.first_gradient_operand() + i);
-      sources.push_back({&gradient, s.size, s.p_offset, s.state_offset});
-    }
-    return sources;
-  }
-
-  // The parameters, where each has an array of its own.
-  std::vector<Source> leaves() const {
-    std::vector<Source> sources;
-    for (size_t i = 0; i < update_.num_segments(); ++i) {
-      const Segment& s = update_.plan_ptr()->segments[i];
-      sources.push_back({&operand(update_.first_parameter_operand() + i), s.size, s.p_offset, 0});
+      sources.push_back({&operand(first + i), s.size, s.p_offset, s.state_offset});
     }
     return sources;
   }

@@ -1,11 +1,9 @@
 // In the place of csrc/backend/cpu_eval.cpp: updates on the CPU's streams take the GPU backend.
 //
 // What it encodes is run by a task of the stream, after all that was queued before, as a GPU would.
-#include "allocate.h"
 #include "backend/backend.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/backend/metal/device.h"
-#include "mlx/stream.h"
 #include "settings.h"
 #include "standin.h"
 
@@ -35,7 +33,6 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
     eval_as_gpu(*this, inputs, outputs);
     return;
   }
-  place_outputs(inputs, outputs, [this] { mx::synchronize(stream()); });
   cpu_fused_update(*this, inputs, outputs);
 }
 
@@ -44,7 +41,6 @@ void Advance::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::arr
     eval_as_gpu(*this, inputs, outputs);
     return;
   }
-  allocate_all(outputs);
   cpu_advance(*this, inputs, outputs);
 }
 
