@@ -9,15 +9,15 @@ from pathlib import Path
 
 import flatstep
 from flatstep import _ext
+from flatstep.benchmark.memory import total_bytes
 
 
 def describe() -> dict[str, str]:
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "cpu": cpu_model(),
         "cores": str(os.cpu_count()),
-        "memory": f"{memory:.1f} GiB",
+        "memory": f"{total_bytes() / 2**30:.1f} GiB",
         "system": platform.platform(),
         "load when started": load,
         "vector loops": _ext.cpu_loops(),

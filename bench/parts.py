@@ -21,11 +21,10 @@ import mlx.core as mx
 from flatstep import _ext
 from flatstep.benchmark.bystanders import Bystanders
 from flatstep.benchmark.cases import Setting
-from flatstep.benchmark.contenders import MLXContender
+from flatstep.benchmark.contenders import MLXContender, random_tree
 from flatstep.benchmark.floor import MAX_BYTES, floor_for
-from flatstep.benchmark.measure import quartiles, timed
+from flatstep.benchmark.measure import quartiles, spread, timed
 from flatstep.benchmark.results import BUSY, WIDE
-from mlx.utils import tree_unflatten
 
 # What the main thread does, in the table's order.
 PARTS = ("python", "graph", "free", "eval", "wait")
@@ -65,31 +64,18 @@ class Profile:
 
     @property
     def spread(self) -> float:
-        first, median, third = quartiles(self.plain)
-        return (third - first) / median
+        return spread(self.plain)
 
     @property
     def is_noisy(self) -> bool:
         return self.spread > WIDE or (self.other_cores or 0.0) > BUSY
 
 
-def random_tree(setting: Setting) -> Any:
-    dtype = {"fp32": mx.float32, "bf16": mx.bfloat16}[setting.dtype]
-    tree = tree_unflatten(
-        [
-            (path, mx.random.uniform(-0.05, 0.05, shape, dtype))
-            for path, shape in setting.shapes.items()
-        ]
-    )
-    mx.eval(tree)
-    return tree
-
-
 class PartedStep(MLXContender):
     """A contender that can take a step part by part."""
 
     def __init__(self, setting: Setting, mode: str, stream_time: Callable[[], float]) -> None:
-        parameters, gradients = random_tree(setting), random_tree(setting)
+        parameters, gradients = random_tree(setting, 0), random_tree(setting, 1)
         super().__init__(flatstep, mode == "compiled", setting, parameters, gradients)
         self._stream_time = stream_time
 

@@ -3,7 +3,7 @@
 The settings are those of `flatstep.benchmark`, so that `python -m flatstep bench` means the same.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 
 from flatstep.benchmark.cases import CASES, Setting
@@ -11,6 +11,12 @@ from flatstep.benchmark.cases import CASES, Setting
 
 def cost_cases() -> list[str]:
     return [name for name in CASES if name.startswith("cost-")]
+
+
+def named_cases(names: Sequence[str]) -> list[str]:
+    """Cases by their names, where "cost" stands for all of that curve."""
+    cases = [name for name in names if name != "cost"]
+    return cases + (cost_cases() if "cost" in names else [])
 
 
 def default_plan() -> list[Setting]:

@@ -14,18 +14,17 @@ from pathlib import Path
 from flatstep.benchmark.cases import CASES, ITEMSIZE, RULES, Setting
 from flatstep.benchmark.contenders import bytes_needed
 from flatstep.benchmark.measure import quartiles
-from flatstep.benchmark.memory import available_bytes
+from flatstep.benchmark.memory import usable_bytes
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from .machine import describe
 from .parts import PARTS, Profile, profile
-from .plans import cost_cases, product_plan
+from .plans import named_cases, product_plan
 
 MODES = ("eager", "compiled")
 DEFAULT_CASES = ("lora", "tiny", "gpt2", "cost-1000")
-USABLE = 0.85  # of the memory that is available
 TOLERANCE = 0.05  # of a whole step, for the sum of its parts
 
 
@@ -88,7 +87,7 @@ def measure(setting: Setting, seconds: float, console: Console) -> list[Profile]
     """Each mode in a process of its own, which leaves nothing on the other's heap."""
     results = []
     for mode in MODES:
-        if bytes_needed(setting, (f"flatstep {mode}",)) > USABLE * available_bytes():
+        if bytes_needed(setting, (f"flatstep {mode}",)) > usable_bytes():
             console.print(f"{setting.label}: too little memory")
             break
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -122,8 +121,7 @@ def main() -> None:
     machine = describe()
     for name, value in machine.items():
         console.print(f"{name}: {value}", style="dim", highlight=False)
-    cases = [name for name in arguments.case if name != "cost"]
-    cases += cost_cases() if "cost" in arguments.case else []
+    cases = named_cases(arguments.case)
     results: list[Profile] = []
     for setting in product_plan(cases, arguments.rule, arguments.dtype, arguments.threads):
         measured = measure(setting, arguments.seconds, console)

@@ -13,8 +13,8 @@ from pathlib import Path
 from flatstep.benchmark.cases import CASES, ITEMSIZE, RULES, Setting
 from flatstep.benchmark.contenders import fitting
 from flatstep.benchmark.floor import MAX_BYTES
-from flatstep.benchmark.measure import Budget, Series
-from flatstep.benchmark.memory import available_bytes
+from flatstep.benchmark.measure import FULL, QUICK, Budget, Series
+from flatstep.benchmark.memory import usable_bytes
 from flatstep.benchmark.process import Job, WorkerError, run_worker
 from flatstep.benchmark.results import Result
 from rich.console import Console
@@ -23,17 +23,21 @@ from rich.progress import Progress
 from .contenders import GROUPS, groups_for
 from .goals import GOALS, goal_table, judge
 from .machine import describe
-from .plans import cost_cases, default_plan, goals_plan, product_plan, quick_plan
+from .plans import (
+    cost_cases,
+    default_plan,
+    goals_plan,
+    named_cases,
+    product_plan,
+    quick_plan,
+)
 from .plots import draw
 from .report import cost_table, setting_table
 from .results import cost_families, load, save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-FULL = Budget(seconds=3.0, min_pairs=4, max_pairs=60)
-QUICK = Budget(seconds=1.0, min_pairs=3, max_pairs=30)
 PAUSE = 0.5  # between processes
-USABLE = 0.85  # of the memory that is available
 
 
 def measure_setting(
@@ -43,7 +47,7 @@ def measure_setting(
     series: dict[str, Series] = {}
     groups = groups_for(setting)
     for i, group in enumerate(groups):
-        jobs = fitting(setting, GROUPS[group], USABLE * available_bytes())
+        jobs = fitting(setting, GROUPS[group], usable_bytes())
         if left_out := set(GROUPS[group]).difference(*jobs):
             console.print(f"{setting.label}: too little memory for {', '.join(sorted(left_out))}")
         for j, names in enumerate(jobs):
@@ -129,9 +133,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def choose_plan(arguments: argparse.Namespace) -> list[Setting]:
     if arguments.case:
-        named = [name for name in arguments.case if name != "cost"]
-        cases = named + (cost_cases() if "cost" in arguments.case else [])
         rules, dtypes = arguments.rule or ["adamw"], arguments.dtype or ["fp32"]
+        cases = named_cases(arguments.case)
         return product_plan(cases, rules, dtypes, arguments.threads or [None])
     if arguments.goals:
         return goals_plan()

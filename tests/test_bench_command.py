@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
 from flatstep import bench
-from flatstep.benchmark import apple_gpu, table
+from flatstep.benchmark import apple_gpu, memory, table
 from flatstep.benchmark.cases import COMMAND_CASES, Setting
 from flatstep.benchmark.contenders import GROUPS, bytes_needed, rule_arguments
 from flatstep.benchmark.floor import LITTLE_MEMORY, floor_for
@@ -132,7 +132,7 @@ def test_what_does_not_fit_in_half_the_memory_is_left_out_and_said(
     needed = bytes_needed(Setting("gpt2"), ("flatstep eager",), LITTLE_MEMORY)
     assert needed < bytes_needed(Setting("gpt2"), ("mlx eager",), LITTLE_MEMORY)
     monkeypatch.setattr(bench, "total_bytes", lambda: 2 * needed)
-    monkeypatch.setattr(bench, "available_bytes", lambda: 2 * needed)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * needed)
     assert command.main(["bench", "--device", "cpu", "--quick", "--case", "gpt2"]) == 1
     output = " ".join(capsys.readouterr().out.split())
     assert [job.contenders for job in no_processes] == [(name,) for name in GROUPS["flatstep"]]

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .diagnosis.environment import default_device, why_not
+from .diagnosis.environment import default_device, describe, why_not
 
 WIDTH = 80
 
@@ -50,6 +50,16 @@ def write_json(path: Path, report: Any) -> None:
         new.replace(path)
     except OSError:  # a folder that takes no new files
         path.write_text(text, encoding="utf-8")
+
+
+def print_environment(note: str | None) -> dict[str, str]:
+    """Prints what a report belongs to, and returns it."""
+    environment = describe()
+    for name, value in environment.items():
+        print_row(name, value)
+    if note:
+        print_row("note", note)
+    return environment
 
 
 def print_row(name: str, value: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from ._command_line import (
     WIDTH,
     choose_device,
-    print_row,
+    print_environment,
     print_wrapped,
     require_writable,
     write_json,
@@ -23,17 +23,14 @@ from .benchmark import apple_gpu, table
 from .benchmark.cases import CASES, COMMAND_CASES, Setting
 from .benchmark.contenders import GROUPS, bytes_needed, fitting
 from .benchmark.floor import LITTLE_MEMORY
-from .benchmark.measure import Budget
-from .benchmark.memory import available_bytes, total_bytes
+from .benchmark.measure import FULL, QUICK, Budget
+from .benchmark.memory import total_bytes, usable_bytes
 from .benchmark.process import Job, WorkerError, run_worker
 from .benchmark.results import Result
-from .diagnosis.environment import DEVICES, describe, device_name
+from .diagnosis.environment import DEVICES, device_name
 
-FULL = Budget(seconds=3.0, min_pairs=4, max_pairs=60)
-QUICK = Budget(seconds=1.0, min_pairs=3, max_pairs=30)
 MOST_RUNS = 10_000
-# Of the machine's memory, and of what is free of it where the system tells.
-USABLE, USABLE_OF_AVAILABLE = 0.5, 0.85
+MOST_MEMORY = 0.5  # of the machine's
 INTERRUPTED = 130
 
 
@@ -89,11 +86,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.runs:
         budget = Budget(None, options.runs, options.runs)
     print("flatstep bench")
-    environment = describe()
-    for name, value in environment.items():
-        print_row(name, value)
-    if note:
-        print_row("note", note)
+    environment = print_environment(note)
     chips = apple_gpu.chips_named(device_name("gpu")) if device == "gpu" else []
     _explain(device, chips)
     report: dict[str, Any] = {
@@ -159,7 +152,7 @@ def _measure_all(
 def _measure(setting: Setting, device: str, budget: Budget, start: str) -> tuple[Result, list[str]]:
     """What was measured, and what could not be."""
     result, problems = Result(setting, {}), []
-    usable = min(USABLE * total_bytes(), USABLE_OF_AVAILABLE * available_bytes())
+    usable = min(MOST_MEMORY * total_bytes(), usable_bytes())
     for group, names in GROUPS.items():
         jobs = fitting(setting, names, usable, LITTLE_MEMORY)
         for name in names:

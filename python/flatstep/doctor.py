@@ -15,6 +15,7 @@ from typing import Any
 from ._command_line import (
     WIDTH,
     choose_device,
+    print_environment,
     print_row,
     print_wrapped,
     require_writable,
@@ -22,7 +23,7 @@ from ._command_line import (
 )
 from .diagnosis import selftest, speed
 from .diagnosis.comparison import TOLERANCES
-from .diagnosis.environment import DEVICES, describe, why_not
+from .diagnosis.environment import DEVICES, why_not
 
 SHOWN = 3  # of the wrong checks of a group
 
@@ -55,11 +56,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     names, note = _choose_devices(options.device, parser)
     require_writable(options.json, parser)
     print("flatstep doctor")
-    environment = describe()
-    for name, value in environment.items():
-        print_row(name, value)
-    if note:
-        print_row("note", note)
+    environment = print_environment(note)
     devices = {
         name: {"checks": _test(name, options), **_measure(name, options.quick)} for name in names
     }

@@ -8,11 +8,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from .. import _ext
 from ..layout import BUCKET_BYTES
-from .cases import ITEMSIZE, Setting
+from .cases import DTYPES, ITEMSIZE, Setting
 from .floor import ADDED_BYTES, LITTLE_MEMORY, floor_size
 
 GRADIENTS_OF_A_DISPATCH = 20
@@ -128,9 +126,8 @@ class Work:
 
 def flatstep_buckets(setting: Setting) -> Counter[int]:
     """How many tensors each bucket has."""
-    dtype = {"fp32": mx.float32, "bf16": mx.bfloat16}[setting.dtype]
-    shapes = setting.shapes
-    layout = _ext.Layout(list(shapes), list(shapes.values()), [dtype] * len(shapes), BUCKET_BYTES)
+    shapes, dtypes = setting.shapes, [DTYPES[setting.dtype]] * len(setting.shapes)
+    layout = _ext.Layout(list(shapes), list(shapes.values()), dtypes, BUCKET_BYTES)
     return Counter(bucket for bucket, _ in layout.segments)
 
 

@@ -6,6 +6,8 @@ A `Setting` names one measurement.
 import math
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
@@ -131,7 +133,8 @@ class Rule:
 
 
 RULES = {"sgd": Rule("SGD", 1), "adam": Rule("Adam", 2), "adamw": Rule("AdamW", 2)}
-ITEMSIZE = {"fp32": 4, "bf16": 2}
+DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16}
+ITEMSIZE = {name: dtype.size for name, dtype in DTYPES.items()}
 STATE_ITEMSIZE = 4  # flatstep keeps float32 state whatever the parameters are
 
 

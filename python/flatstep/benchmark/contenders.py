@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 
 import flatstep
 
-from .cases import ITEMSIZE, RULES, Setting, Shape
+from .cases import DTYPES, ITEMSIZE, RULES, Setting, Shape
 from .floor import MAX_BYTES
 
 FLATSTEP = ("flatstep eager", "flatstep compiled")
@@ -70,6 +70,23 @@ def random_values(
     return concatenate([block] * whole + [block[:rest]]).reshape(shape)
 
 
+def random_tree(setting: Setting, seed: int) -> Any:
+    """The case's tree of MLX arrays, evaluated."""
+    mx.random.seed(seed)
+
+    def draw(size: int) -> mx.array:
+        return mx.random.uniform(-0.05, 0.05, (size,), DTYPES[setting.dtype])
+
+    tree = tree_unflatten(
+        [
+            (path, random_values(shape, draw, mx.concatenate))
+            for path, shape in setting.shapes.items()
+        ]
+    )
+    mx.eval(tree)
+    return tree
+
+
 def rule_arguments(setting: Setting) -> dict[str, Any]:
     return {"momentum": 0.9} if setting.rule == "sgd" else {"bias_correction": True}
 
@@ -103,23 +120,7 @@ class MLXContender:
 
 def make_contenders(setting: Setting, names: tuple[str, ...]) -> dict[str, Contender]:
     """Contenders of flatstep or mlx.optimizers, on the same initial values."""
-    dtype = {"fp32": mx.float32, "bf16": mx.bfloat16}[setting.dtype]
-
-    def draw(size: int) -> mx.array:
-        return mx.random.uniform(-0.05, 0.05, (size,), dtype)
-
-    def random_tree(seed: int) -> Any:
-        mx.random.seed(seed)
-        tree = tree_unflatten(
-            [
-                (path, random_values(shape, draw, mx.concatenate))
-                for path, shape in setting.shapes.items()
-            ]
-        )
-        mx.eval(tree)
-        return tree
-
-    parameters, gradients = random_tree(0), random_tree(1)
+    parameters, gradients = random_tree(setting, 0), random_tree(setting, 1)
     contenders: dict[str, Contender] = {}
     for name in names:
         library, mode = name.split()

@@ -31,6 +31,10 @@ class Budget:
     max_pairs: int
 
 
+FULL = Budget(seconds=3.0, min_pairs=4, max_pairs=60)
+QUICK = Budget(seconds=1.0, min_pairs=3, max_pairs=30)
+
+
 @dataclass
 class Series:
     """The runs of one contender: seconds of each step and of the floor before it.
@@ -63,6 +67,12 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     first, second, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, second, third
+
+
+def spread(values: list[float]) -> float:
+    """How wide their middle half is, as a part of the median."""
+    first, median, third = quartiles(values)
+    return (third - first) / median
 
 
 def timed(function: Callable[[], None]) -> float:

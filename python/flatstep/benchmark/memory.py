@@ -4,6 +4,13 @@ import os
 import sys
 from pathlib import Path
 
+USABLE = 0.85  # of the memory that is available
+
+
+def usable_bytes() -> float:
+    """Memory that a measurement may take."""
+    return USABLE * available_bytes()
+
 
 def total_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .cases import Setting
-from .measure import Series, quartiles
+from .measure import Series, quartiles, spread
 
 # Figures are doubtful where the middle half of the floor's times is wider than this part of their
 # median, or where other processes kept this many cores busy.
@@ -21,12 +21,15 @@ class Result:
     @property
     def floor_quartiles(self) -> tuple[float, float, float]:
         """Quartiles in seconds of all the floor's runs, whoever they were paired with."""
-        return quartiles([s for runs in self.series.values() for s in runs.floor_seconds])
+        return quartiles(self._floor_seconds)
+
+    @property
+    def _floor_seconds(self) -> list[float]:
+        return [s for runs in self.series.values() for s in runs.floor_seconds]
 
     @property
     def floor_spread(self) -> float:
-        first, median, third = self.floor_quartiles
-        return (third - first) / median
+        return spread(self._floor_seconds)
 
     @property
     def other_cores(self) -> float:

@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,13 +10,13 @@ import mlx.core as mx
 import flatstep
 
 from ..benchmark.floor import Floor, Sum
+from ..benchmark.measure import spread, timed
+from ..benchmark.results import WIDE
 
 SIZE, QUICK_SIZE = 16 << 20, 4 << 20
 ROUNDS, QUICK_ROUNDS = 15, 7
 # Of an element: p, g, m and v are read; p, m and v are written.
 STEP_BYTES = 28
-# When the middle half of the runs spreads wider than this part of the median.
-NOISY = 0.1
 
 STEP = "flatstep's AdamW"
 
@@ -43,7 +42,7 @@ class Speed:
 
     @property
     def is_noisy(self) -> bool:
-        return max(self.spread.values()) > NOISY or self.load > 1 + (os.cpu_count() or 1) / 4
+        return max(self.spread.values()) > WIDE or self.load > 1 + (os.cpu_count() or 1) / 4
 
 
 class _Step:
@@ -88,7 +87,7 @@ def measure(device: mx.Device, quick: bool) -> Speed:
         elements * STEP_BYTES,
         rounds,
         medians,
-        {name: _spread(values) for name, values in times.items()},
+        {name: spread(values) for name, values in times.items()},
         4 * 4 * elements,
         extra,
         os.getloadavg()[0],
@@ -96,13 +95,11 @@ def measure(device: mx.Device, quick: bool) -> Speed:
 
 
 def _timed(run: Callable[[], None]) -> float:
-    mx.synchronize()
-    start = time.perf_counter()
-    run()
-    mx.synchronize()
-    return time.perf_counter() - start
+    """With all that was queued before done, and all that the run queues."""
 
+    def whole() -> None:
+        run()
+        mx.synchronize()
 
-def _spread(values: list[float]) -> float:
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return (third - first) / median
+    mx.synchronize()
+    return timed(whole)
