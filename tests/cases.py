@@ -93,15 +93,23 @@ def random_shapes(shapes: list[tuple[int, ...]] = SHAPES) -> dict[str, Any]:
     return {"first": list(shapes[:half]), "second": {"deep": list(shapes[half:])}}
 
 
+def random_values(
+    shape: int | tuple[int, ...],
+    rng: np.random.Generator,
+    exponents: tuple[float, float] = (-3, 1),
+) -> NDArray[np.float64]:
+    """Values of either sign over orders of magnitude, so that either term of a sum leads."""
+    magnitude: NDArray[np.float64] = 10.0 ** rng.uniform(*exponents, shape)
+    return magnitude * rng.choice([-1.0, 1.0], shape)
+
+
 def random_array(
     shape: tuple[int, ...],
     rng: np.random.Generator,
     dtype: mx.Dtype = mx.float32,
     exponents: tuple[float, float] = (-3, 1),
 ) -> mx.array:
-    """Values of either sign over orders of magnitude, so that either term of a sum leads."""
-    magnitude: NDArray[np.float64] = 10.0 ** rng.uniform(*exponents, shape)
-    return mx.array(np.asarray(magnitude * rng.choice([-1.0, 1.0], shape), np.float32), dtype)
+    return mx.array(np.asarray(random_values(shape, rng, exponents), np.float32), dtype)
 
 
 def random_tree(shapes: Any, rng: np.random.Generator, dtype: mx.Dtype = mx.float32) -> Any:

@@ -107,3 +107,19 @@ def assert_same_bits(run: Run, shadow: Shadow) -> None:
         for path in b:
             assert (a[path].dtype, a[path].shape) == (b[path].dtype, b[path].shape), path
             assert bits(a[path]) == bits(b[path]), path
+
+
+def train(run: Run, shadow: Shadow, new_tree: Callable[[int], Any]) -> tuple[Run, Shadow]:
+    """Two steps of both, with the gradients that `new_tree` makes of a seed."""
+    for seed in (2, 3):
+        run.step(new_tree(seed))
+        shadow.step(new_tree(seed))
+    return run, shadow
+
+
+def assert_it_goes_on(run: Run, shadow: Shadow, new_tree: Callable[[int], Any]) -> None:
+    """Nothing has changed, and the next step is what it would have been."""
+    assert_same_bits(run, shadow)
+    run.step(new_tree(5))
+    shadow.step(new_tree(5))
+    assert_same_bits(run, shadow)

@@ -11,7 +11,7 @@ import pytest
 from cases import Case, random_tree
 from mlx.utils import tree_map
 from models import every_rule
-from shadow import Run, Shadow, assert_same_bits, bits, copied, fails
+from shadow import Run, Shadow, assert_it_goes_on, assert_same_bits, bits, copied, fails, train
 
 NAN, INF = math.nan, math.inf
 # Class, arguments, exception, and what its message names: the argument, the value, what is allowed.
@@ -86,19 +86,7 @@ def new_tree(seed: int) -> Any:
 
 
 def trained(make: Callable[[], Any]) -> tuple[Run, Shadow]:
-    run, shadow = Run(make(), new_tree(1)), Shadow(make, new_tree(1))
-    for seed in (2, 3):
-        run.step(new_tree(seed))
-        shadow.step(new_tree(seed))
-    return run, shadow
-
-
-def assert_it_goes_on(run: Run, shadow: Shadow) -> None:
-    """Nothing has changed, and the next step is what it would have been."""
-    assert_same_bits(run, shadow)
-    run.step(new_tree(5))
-    shadow.step(new_tree(5))
-    assert_same_bits(run, shadow)
+    return train(Run(make(), new_tree(1)), Shadow(make, new_tree(1)), new_tree)
 
 
 # ---- Learning rates ----
@@ -122,7 +110,7 @@ def test_assigning_a_bad_learning_rate_changes_nothing(
     run, shadow = trained(lambda: optim.AdamW(0.1))
     fails(lambda: setattr(run.optimizer, "learning_rate", rate), exception, *parts)
     fails(lambda: run.optimizer.state.update(learning_rate=rate), exception, *parts)
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
 
 
 def bad_schedules() -> list[tuple[str, Any, type[Exception], tuple[str, ...]]]:
@@ -149,7 +137,7 @@ def test_a_schedule_that_fails_later_changes_nothing(
     is_broken = True
     fails(lambda: run.step(new_tree(4)), exception, *parts)
     is_broken = False
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
 
 
 @pytest.mark.parametrize(("name", "schedule", "exception", "parts"), bad_schedules())
@@ -175,17 +163,17 @@ def test_a_hyperparameter_that_turns_bad_changes_nothing(
     setattr(run.optimizer, name, value)
     fails(lambda: run.step(new_tree(4)), exception, *parts)
     setattr(run.optimizer, name, good)
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
 
 
 def test_a_hyperparameter_may_change_between_steps() -> None:
     run, shadow = trained(lambda: optim.SGD(0.1))
     shadow.make = lambda: optim.SGD(0.1, momentum=0.9, weight_decay=0.1)
     run.optimizer.momentum, run.optimizer.weight_decay = 0.9, 0.1
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
     shadow.make = lambda: optim.SGD(0.1, momentum=0.9, nesterov=True)
     run.optimizer.weight_decay, run.optimizer.nesterov = 0.0, True
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
 
 
 BAD_STEPS: list[Any] = [
@@ -199,7 +187,7 @@ every_bad_step = pytest.mark.parametrize("step", BAD_STEPS, ids=str)
 def test_assigning_a_bad_step_changes_nothing(step: Any) -> None:
     run, shadow = trained(lambda: optim.Adam(0.1, bias_correction=True))
     fails(lambda: run.optimizer.state.update(step=step), (TypeError, ValueError), "step", "whole")
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
 
 
 def test_a_whole_number_of_any_type_is_a_step() -> None:
@@ -207,7 +195,7 @@ def test_a_whole_number_of_any_type_is_a_step() -> None:
         run, shadow = trained(lambda: optim.Adam(0.1, bias_correction=True))
         run.optimizer.state["step"] = step
         shadow.state["step"] = mx.array(7, mx.uint64)
-        assert_it_goes_on(run, shadow)
+        assert_it_goes_on(run, shadow, new_tree)
 
 
 # ---- flat_update ----
@@ -329,6 +317,6 @@ def test_a_tensor_that_no_array_could_hold_is_refused() -> None:
     fails(lambda: optim.AdamW(0.1).init(huge), ValueError, "big", "too large")
     fails(lambda: optim.AdamW(0.1).apply_gradients(huge, huge), ValueError, "big", "too large")
     fails(lambda: run.optimizer.init(huge), ValueError, "big", "too large")
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
     assert "big" not in run.optimizer.state
     assert bits(run.params)

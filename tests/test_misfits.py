@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import Case, random_array
 from models import assert_trees_equal, every_rule
-from shadow import Run, Shadow, assert_same_bits, bits, copied, fails, replaced
+from shadow import Run, Shadow, assert_it_goes_on, bits, copied, fails, replaced, train
 
 SHAPES = {"w": (3, 4), "layers": [{"weight": (8, 4), "bias": (8,)}, {}], "pair": ((2,), ())}
 WEIGHT = "layers.0.weight"
@@ -176,18 +176,7 @@ def new_rate() -> Any:
 def trained(case: Case, compiled: bool = False) -> tuple[Run, Shadow]:
     run = Run(case.make(optim, new_rate()), new_tree(1), compiled)
     shadow = Shadow(lambda: case.make(optim, new_rate()), new_tree(1))
-    for seed in (2, 3):
-        run.step(new_tree(seed))
-        shadow.step(new_tree(seed))
-    return run, shadow
-
-
-def assert_it_goes_on(run: Run, shadow: Shadow) -> None:
-    """Nothing has changed, and the next step is what it would have been."""
-    assert_same_bits(run, shadow)
-    run.step(new_tree(5))
-    shadow.step(new_tree(5))
-    assert_same_bits(run, shadow)
+    return train(run, shadow, new_tree)
 
 
 @pytest.mark.parametrize("misfit", [*MISFITS, *LATE_MISFITS], ids=str)
@@ -196,7 +185,7 @@ def test_a_step_names_the_misfit_and_changes_nothing(case: Case, misfit: Misfit)
     run, shadow = trained(case)
     gradients, params = misfit.change(new_tree(4), run.params)
     fails(lambda: run.apply(gradients, params), misfit.exception, *misfit.parts)
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
 
 
 @pytest.mark.parametrize("misfit", MISFITS, ids=str)
@@ -208,7 +197,7 @@ def test_the_first_step_names_the_misfit_and_changes_nothing(case: Case, misfit:
     assert optimizer.state == untouched.state and optimizer.layout == []
     run = Run(optimizer, new_tree(1))
     shadow = Shadow(lambda: case.make(optim, new_rate()), new_tree(1))
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
 
 
 @pytest.mark.parametrize("misfit", [*MISFITS[:5], LATE_MISFITS[0]], ids=str)
@@ -221,7 +210,7 @@ def test_a_compiled_step_names_the_misfit_too(case: Case, misfit: Misfit) -> Non
     # An error inside mx.compile leaves MLX's placeholders in any state that it captures.
     run.optimizer.state = kept
     run.use(compiled=True)
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
 
 
 BAD_PARAMETERS: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
@@ -245,7 +234,7 @@ def test_init_names_the_misfit_and_changes_nothing(
 ) -> None:
     run, shadow = trained(case)
     fails(lambda: run.optimizer.init(params), exception, *parts)
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
     optimizer, untouched = (case.make(optim, new_rate()) for _ in range(2))
     fails(lambda: optimizer.init(params), exception, *parts)
     assert optimizer.state == untouched.state and optimizer.layout == []
@@ -337,7 +326,7 @@ def test_a_state_that_does_not_fit_is_named(
     fails(load_and_step, exception, *parts)
     assert bits(run.params) == before
     run.optimizer.state = good
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)
 
 
 def test_a_state_without_one_of_its_slots_is_named() -> None:
@@ -393,4 +382,4 @@ def test_a_bad_assignment_to_the_state_changes_nothing(
 ) -> None:
     run, shadow = trained(case)
     fails(lambda: assign(run.optimizer.state), exception, *parts)
-    assert_it_goes_on(run, shadow)
+    assert_it_goes_on(run, shadow, new_tree)

@@ -76,7 +76,7 @@ MISFITS = {
 
 
 PASS = {
-    "the host": ["tests/metal/on_standin.py"],
+    "the host": ["tests/metal/on_standin.py", "tests/metal/on_standin_layouts.py"],
     **{file: [f"tests/{file}", *SELECTION.get(file, [])] for file in ENGINE},
 }
 
@@ -102,7 +102,8 @@ def run(job: str, site: Path, scratch: Path) -> Run:
         mutate = scratch / "mutate.py"
         mutate.write_text(f"from mutants import main\nmain(*{MISFITS[job]!r})\n")
         variables["FLATSTEP_STANDIN_COMPILER"] = f"{sys.executable} {mutate} build --no-check"
-        arguments = ["tests/metal/on_standin.py", "-k", "a_hundred_steps or a_gpu_that_runs"]
+        selection = "a_hundred_steps or a_gpu_that_runs or a_part_of_the_leaves"
+        arguments = ["tests/metal/on_standin.py", "-k", selection]
     command = [sys.executable, "-m", "pytest", "-p", "standin_plugin", "-q", "-x", *arguments]
     return subprocess.run(
         command, cwd=standin.REPOSITORY, env=variables, capture_output=True, text=True, check=False

@@ -10,7 +10,7 @@ import arguments as args
 import mlx.core as mx
 import numpy as np
 import reference
-from cases import Case
+from cases import Case, random_values
 from numpy.typing import NDArray
 from simulator import bfloat16_bits, from_bfloat16_bits, guarded_array
 
@@ -98,10 +98,6 @@ def make_leaf(layout: str, shape: tuple[int, ...], stored: Type, rng: np.random.
     memory = guarded_array(extent, stored.held, at="start")
     memory[:] = stored.encode(random_values(extent, rng))
     return Leaf(memory, first, stored, kind, shape, strides)
-
-
-def random_values(size: int, rng: np.random.Generator, low: int = -3) -> NDArray[np.float64]:
-    return 10.0 ** rng.uniform(low, 1, size) * rng.choice([-1.0, 1.0], size)
 
 
 def kernel_rule(case: Case) -> str:
