@@ -1,8 +1,8 @@
 // The CPU backend: a step of one bucket as one task on MLX's stream, shared among threads.
 //
-// The task walks the bucket in blocks that fit in the first-level cache. Arrays that are stored as
-// contiguous float32 are read and written where they lie; any other goes through a block of
-// scratch.
+// The task walks the bucket in blocks that fit in the first-level cache. Float32 state is read and
+// written where it lies, and so are parameters and gradients of one dtype; any other goes through
+// a block of float32 scratch.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -37,6 +37,10 @@ class Input {
         layout_(a.flags().row_contiguous ? nullptr : std::make_shared<StridedLayout>(a)) {
   }
 
+  mx::Dtype dtype() const {
+    return dtype_;
+  }
+
   // The length of the rows that are best walked a panel at a time; 0 where any order will do.
   size_t long_row() const {
     bool is_long = layout_ && layout_->crosses_lines() && layout_->row_length() > kPanelColumns;
@@ -61,18 +65,19 @@ class Walk {
     }
   }
 
-  // Elements from `begin` as floats: where they lie, or converted into `scratch`. At most `n` of
-  // them; `n` becomes smaller where fewer can be had at once.
-  const float* read(const CpuLoops& loops, size_t begin, size_t& n, float* scratch) {
-    const char* raw = input_.data_ + begin * mx::size_of(input_.dtype_);
-    if (reader_) {
-      raw = reader_->read(begin, n, n);
-    }
+  // Elements from `begin`, as they are stored. At most `n` of them; `n` becomes smaller where fewer
+  // can be had at once.
+  const void* read(size_t begin, size_t& n) {
+    return reader_ ? reader_->read(begin, n, n) : input_.data_ + begin * mx::size_of(input_.dtype_);
+  }
+
+  // What `read` gave, as floats: where it lies, or converted into `scratch`.
+  const float* as_floats(const CpuLoops& loops, const void* raw, size_t n, float* scratch) const {
     if (input_.dtype_ == mx::float32) {
-      return reinterpret_cast<const float*>(raw);
+      return static_cast<const float*>(raw);
     }
     auto load = input_.dtype_ == mx::float16 ? loops.load_float16 : loops.load_bfloat16;
-    load(reinterpret_cast<const uint16_t*>(raw), scratch, n);
+    load(static_cast<const uint16_t*>(raw), scratch, n);
     return scratch;
   }
 
@@ -145,6 +150,21 @@ struct StepConstants {
   SgdStep sgd;
 };
 
+// The loops that read both as they are stored, or null.
+const UpdateLoops* loops_for(const CpuLoops& loops, const Input& parameter, const Input& gradient) {
+  if (parameter.dtype() != gradient.dtype()) {
+    return nullptr;
+  }
+  switch (parameter.dtype().val()) {
+    case mx::Dtype::Val::float16:
+      return &loops.float16;
+    case mx::Dtype::Val::bfloat16:
+      return &loops.bfloat16;
+    default:
+      return &loops.float32;
+  }
+}
+
 // One thread's update of a part of a segment.
 class SegmentUpdate {
  public:
@@ -154,7 +174,8 @@ class SegmentUpdate {
         constants_(constants),
         segment_(job.plan->segments[index]),
         gradient_(job.gradients[index], end, walk_buffer(0)),
-        parameter_(job.parameters[index], end, walk_buffer(1)) {
+        parameter_(job.parameters[index], end, walk_buffer(1)),
+        own_loops_(loops_for(*job.loops, job.parameters[index], job.gradients[index])) {
     for (size_t k = 0; k < job.slots.size(); ++k) {
       slots_[k].emplace(job.slots[k].in, segment_.state_offset + end, walk_buffer(2 + k));
     }
@@ -176,15 +197,39 @@ class SegmentUpdate {
     size_t p_at = segment_.p_offset + i;
     size_t state_at = segment_.state_offset + i;
     BlockArrays a{};
-    a.g = gradient_.read(loops, i, n, g_);
-    a.p_in = parameter_.read(loops, i, n, p_);
+    a.g = gradient_.read(i, n);
+    a.p_in = parameter_.read(i, n);
+    const void* state_raw[kMaxSlots]{};
+    for (size_t k = 0; k < job_.slots.size(); ++k) {
+      state_raw[k] = slots_[k]->read(state_at, n);
+    }
     const float* state_in[kMaxSlots]{};
     float* state_out[kMaxSlots]{};
     for (size_t k = 0; k < job_.slots.size(); ++k) {
-      state_in[k] = slots_[k]->read(loops, state_at, n, state_[k]);
+      state_in[k] = slots_[k]->as_floats(loops, state_raw[k], n, state_[k]);
       state_out[k] = job_.slots[k].out.target(state_at, state_[k]);
     }
-    a.p_out = p_out.target(p_at, p_);
+    if (own_loops_ != nullptr) {
+      a.p_out = p_out.at(p_at);
+      update(*own_loops_, a, state_in, state_out, n);
+    } else {
+      a.g = gradient_.as_floats(loops, a.g, n, g_);
+      a.p_in = parameter_.as_floats(loops, a.p_in, n, p_);
+      a.p_out = p_out.target(p_at, p_);
+      update(loops.float32, a, state_in, state_out, n);
+      p_out.store(loops, p_at, n, p_);
+    }
+    for (size_t k = 0; k < job_.slots.size(); ++k) {
+      job_.slots[k].out.store(loops, state_at, n, state_[k]);
+    }
+  }
+
+  void update(
+      const UpdateLoops& loops,
+      BlockArrays a,
+      const float* const* state_in,
+      float* const* state_out,
+      size_t n) const {
     if (job_.rule.kind == RuleKind::adam) {
       a.m_in = state_in[0];
       a.m_out = state_out[0];
@@ -198,10 +243,6 @@ class SegmentUpdate {
                        4 * (job_.rule.values.nesterov != 0);
       loops.sgd[variant](constants_.sgd, a, n);
     }
-    p_out.store(loops, p_at, n, p_);
-    for (size_t k = 0; k < job_.slots.size(); ++k) {
-      job_.slots[k].out.store(loops, state_at, n, state_[k]);
-    }
   }
 
   const Job& job_;
@@ -209,6 +250,7 @@ class SegmentUpdate {
   const Segment& segment_;
   Walk gradient_;
   Walk parameter_;
+  const UpdateLoops* own_loops_;  // null where the parameter and its gradient differ in dtype
   std::array<std::optional<Walk>, kMaxSlots> slots_;
   alignas(64) Scratch p_;
   alignas(64) Scratch g_;
@@ -245,7 +287,8 @@ void carry_untouched(const Job& job, const Slot& slot) {
     Walk walk(slot.in, range.end, walk_buffer(0));
     for (size_t i = range.begin, n = 0; i < range.end; i += n) {
       n = std::min(kBlockElements, range.end - i);
-      const float* from = walk.read(*job.loops, i, n, values);
+      const void* raw = walk.read(i, n);
+      const float* from = walk.as_floats(*job.loops, raw, n, values);
       float* to = slot.out.target(i, values);
       if (from != to) {
         std::memcpy(to, from, n * sizeof(float));

@@ -1,7 +1,8 @@
 // The innermost loops, compiled once for each instruction set and chosen at run time.
 //
-// They work on a block of float32 values at a time. All instruction sets give the same bits: the
-// loops are the same text, without contraction of a * b + c.
+// They work on a block at a time, of float32 state and of parameters and gradients of one dtype.
+// All instruction sets give the same bits: the loops are the same text, without contraction of a *
+// b + c.
 #pragma once
 
 #include <cstddef>
@@ -13,20 +14,27 @@ namespace flatstep {
 
 // A block of each array. An output may be the very array of its input.
 struct BlockArrays {
-  const float* g;
-  const float* p_in;
+  const void* g;     // of the loops' dtype
+  const void* p_in;  // of the loops' dtype
   const float* m_in;
   const float* v_in;
-  float* p_out;
+  void* p_out;  // of the loops' dtype
   float* m_out;
   float* v_out;
 };
 
-struct CpuLoops {
-  const char* name;
+// The loops for parameters and gradients of one dtype.
+struct UpdateLoops {
   void (*adam)(const AdamStep&, const BlockArrays&, size_t n);
   // Indexed by has_weight_decay + 2 has_momentum + 4 nesterov.
   void (*sgd[8])(const SgdStep&, const BlockArrays&, size_t n);
+};
+
+struct CpuLoops {
+  const char* name;
+  UpdateLoops float32;
+  UpdateLoops float16;
+  UpdateLoops bfloat16;
   void (*load_float16)(const uint16_t* in, float* out, size_t n);
   void (*load_bfloat16)(const uint16_t* in, float* out, size_t n);
   void (*store_float16)(const float* in, uint16_t* out, size_t n);
