@@ -64,7 +64,9 @@ FLATSTEP_FN Element sgd(SgdStep s, Element e, float g) {
   }
   Pair update = gradient;
   if (HAS_MOMENTUM) {
-    Pair v = add(multiply(s.momentum, e.v), multiply(s.one_minus_dampening, gradient));
+    Pair share = HAS_WEIGHT_DECAY ? multiply(s.one_minus_dampening, gradient)
+                                  : multiply(s.one_minus_dampening, g);
+    Pair v = add(multiply(s.momentum, e.v), share);
     e.v = rounded(v);
     update = v;
     if (NESTEROV) {
