@@ -55,13 +55,20 @@ class Input {
   std::shared_ptr<const StridedLayout> layout_;  // null for a contiguous array
 };
 
+// Room for the walks of one thread, kept from task to task.
+std::vector<uint32_t>& walk_buffer(size_t number) {
+  thread_local std::array<std::vector<uint32_t>, 2 + kMaxSlots> buffers;
+  return buffers[number];
+}
+
 // One thread's walk through an input.
 class Walk {
  public:
-  // The walk ends before element `end`; `buffer` is room for it.
-  Walk(const Input& input, size_t end, std::vector<uint32_t>& buffer) : input_(input) {
+  // The walk ends before element `end`; `number` tells walks of one thread apart.
+  Walk(const Input& input, size_t end, size_t number) : input_(input) {
     if (input.layout_) {
-      reader_.emplace(*input.layout_, input.data_, mx::size_of(input.dtype_), end, buffer);
+      reader_.emplace(
+          *input.layout_, input.data_, mx::size_of(input.dtype_), end, walk_buffer(number));
     }
   }
 
@@ -85,12 +92,6 @@ class Walk {
   const Input& input_;
   std::optional<StridedReader> reader_;
 };
-
-// Room for the walks of one thread, kept from task to task.
-std::vector<uint32_t>& walk_buffer(size_t number) {
-  thread_local std::array<std::vector<uint32_t>, 2 + kMaxSlots> buffers;
-  return buffers[number];
-}
 
 // Where a flat array of values goes.
 class Output {
@@ -173,11 +174,11 @@ class SegmentUpdate {
       : job_(job),
         constants_(constants),
         segment_(job.plan->segments[index]),
-        gradient_(job.gradients[index], end, walk_buffer(0)),
-        parameter_(job.parameters[index], end, walk_buffer(1)),
+        gradient_(job.gradients[index], end, 0),
+        parameter_(job.parameters[index], end, 1),
         own_loops_(loops_for(*job.loops, job.parameters[index], job.gradients[index])) {
     for (size_t k = 0; k < job.slots.size(); ++k) {
-      slots_[k].emplace(job.slots[k].in, segment_.state_offset + end, walk_buffer(2 + k));
+      slots_[k].emplace(job.slots[k].in, segment_.state_offset + end, 2 + k);
     }
   }
 
@@ -284,7 +285,7 @@ void update_segment(
 void carry_untouched(const Job& job, const Slot& slot) {
   alignas(64) Scratch values;
   for (const Range& range : job.plan->untouched) {
-    Walk walk(slot.in, range.end, walk_buffer(0));
+    Walk walk(slot.in, range.end, 0);
     for (size_t i = range.begin, n = 0; i < range.end; i += n) {
       n = std::min(kBlockElements, range.end - i);
       const void* raw = walk.read(i, n);
