@@ -3,7 +3,9 @@
 //
 // A rule has three parts, in this order: its constants (a plain struct, filled on the host), what
 // is the same for every element of a step (computed once), and the update of an element.
-// Arithmetic is float32 in pairs (pair.h), so that each result is rounded once, at the store.
+// Arithmetic is float32 in pairs (pair.h), so that each result is rounded once, at the store. Adam
+// takes a half-precision parameter's update in plain float32: its rounding at the store is 2^13
+// times as coarse or more.
 #pragma once
 
 #include "pair_math.h"
@@ -121,13 +123,21 @@ prepare_adam(FLATSTEP_CONSTANT Hyperparameters& h, float learning_rate, Step ste
 //   m = beta1 m + (1 - beta1) g
 //   v = beta2 v + (1 - beta2) g^2
 //   p = (1 - learning_rate weight_decay) p - step_size m / (sqrt(v) + eps)
+//
+// HALF_PARAMETER: p is stored in float16 or bfloat16.
+template <bool HALF_PARAMETER>
 FLATSTEP_FN Element adam(AdamStep s, Element e, float g) {
   Pair m = add(multiply(s.beta1, e.m), multiply(s.one_minus_beta1, g));
   Pair v = add(multiply(s.beta2, e.v), multiply(s.one_minus_beta2, two_product(g, g)));
-  Pair update = divide_by_root_plus(m, v, s.eps);
   e.m = rounded(m);
   e.v = rounded(v);
-  e.p = rounded(subtract(multiply(s.decay, e.p), multiply(s.step_size, update)));
+  if (HALF_PARAMETER) {
+    float update = s.step_size.hi * e.m / (square_root(e.v) + s.eps.hi);
+    e.p = s.decay.hi * e.p - update;
+  } else {
+    Pair update = divide_by_root_plus(m, v, s.eps);
+    e.p = rounded(subtract(multiply(s.decay, e.p), multiply(s.step_size, update)));
+  }
   return e;
 }
 

@@ -7,15 +7,17 @@
 
 namespace flatstep {
 
-// ---- What a rule is to the kernel: its constants, all floats, and the update of an element. ----
+// ---- What a rule is to the kernel: its constants, all floats, and the update of an element, whose
+// ---- parameter may be stored in half precision. ----
 
 struct Adam {
   typedef AdamStep Constants;
   static Constants prepare(constant Hyperparameters& h, float learning_rate, Step steps) {
     return prepare_adam(h, learning_rate, steps);
   }
+  template <bool HALF_PARAMETER>
   static Element update(Constants s, Element e, float g) {
-    return adam(s, e, g);
+    return adam<HALF_PARAMETER>(s, e, g);
   }
   enum { READS_P = 1, HAS_M = 1, HAS_V = 1 };
 };
@@ -26,6 +28,7 @@ struct Sgd {
   static Constants prepare(constant Hyperparameters& h, float learning_rate, Step) {
     return prepare_sgd(h, learning_rate);
   }
+  template <bool HALF_PARAMETER>
   static Element update(Constants s, Element e, float g) {
     return sgd<HAS_WEIGHT_DECAY, HAS_MOMENTUM, NESTEROV>(s, e, g);
   }
@@ -38,6 +41,7 @@ struct Copy {
   static Constants prepare(constant Hyperparameters&, float, Step) {
     return pair(0.0f);
   }
+  template <bool HALF_PARAMETER>
   static Element update(Constants, Element e, float source) {
     e.p = source;
     return e;
@@ -84,7 +88,7 @@ FLATSTEP_FN void update_run(
     e.p = p.at[k];
     e.m = m.at[k];
     e.v = v.at[k];
-    e = R::update(constants, e, g.at[k]);
+    e = R::template update<sizeof(P) == 2>(constants, e, g.at[k]);
     p.at[k] = e.p;
     m.at[k] = e.m;
     v.at[k] = e.v;
@@ -111,7 +115,7 @@ FLATSTEP_FN void update_one(
   e.p = R::READS_P ? float(arrays.p_in[p_at]) : 0.0f;
   e.m = R::HAS_M ? float(arrays.m[state_at]) : 0.0f;
   e.v = R::HAS_V ? float(arrays.v[state_at]) : 0.0f;
-  e = R::update(constants, e, g);
+  e = R::template update<sizeof(P) == 2>(constants, e, g);
   arrays.p_out[p_at] = P(e.p);
   if (R::HAS_M) {
     arrays.m[state_at] = M(e.m);

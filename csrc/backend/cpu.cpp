@@ -78,6 +78,10 @@ class Walk {
     return reader_ ? reader_->read(begin, n, n) : input_.data_ + begin * mx::size_of(input_.dtype_);
   }
 
+  mx::Dtype dtype() const {
+    return input_.dtype_;
+  }
+
   // What `read` gave, as floats: where it lies, or converted into `scratch`.
   const float* as_floats(const CpuLoops& loops, const void* raw, size_t n, float* scratch) const {
     if (input_.dtype_ == mx::float32) {
@@ -217,7 +221,8 @@ class SegmentUpdate {
       a.g = gradient_.as_floats(loops, a.g, n, g_);
       a.p_in = parameter_.as_floats(loops, a.p_in, n, p_);
       a.p_out = p_out.target(p_at, p_);
-      update(loops.float32, a, state_in, state_out, n);
+      bool is_half = parameter_.dtype() != mx::float32;
+      update(is_half ? loops.half_in_float32 : loops.float32, a, state_in, state_out, n);
       p_out.store(loops, p_at, n, p_);
     }
     for (size_t k = 0; k < job_.slots.size(); ++k) {
