@@ -22,7 +22,7 @@ struct ViewSpec {
 
 // Each node makes a few of them. More to a node means fewer nodes, but MLX keeps a list of
 // siblings in every output, so the bookkeeping grows with the square.
-inline constexpr size_t kViewsPerNode = 4;
+inline constexpr size_t kViewsPerNode = 8;
 
 // The same for every step, so it is made once and shared.
 using ViewSpecs = std::shared_ptr<const std::vector<ViewSpec>>;
