@@ -1,10 +1,13 @@
-// The CPU backend: a step of one bucket as one task on MLX's stream, shared among threads.
+// The CPU backend: a step of one bucket as one task on MLX's stream, shared among threads. A task
+// also does what the next ones would, as far as that is ready: threads then wait for each other
+// once for many buckets.
 //
 // The task walks the bucket in blocks that fit in the first-level cache. Float32 state is read and
 // written where it lies, and so are parameters and gradients of one dtype; any other goes through
 // a block of float32 scratch.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -24,6 +27,8 @@ namespace {
 
 constexpr size_t kBlockElements = 1024;
 constexpr size_t kMaxSlots = 2;
+constexpr size_t kMinGrain = 64;  // in blocks of a bucket
+constexpr size_t kMaxGrain = 4096;
 
 using Scratch = float[kBlockElements];
 
@@ -135,8 +140,16 @@ struct Slot {
   bool in_place;
 };
 
+struct StepConstants {
+  AdamStep adam;
+  SgdStep sgd;
+};
+
 // All that a task needs. MLX keeps the memory of the node's inputs until it has run.
 struct Job {
+  explicit Job(mx::Stream s) : stream(s) {
+  }
+
   std::pair<HeldArrays, HeldArrays> held;
   std::shared_ptr<const BucketPlan> plan;
   Rule rule{};
@@ -148,11 +161,13 @@ struct Job {
   std::vector<Input> gradients;
   std::vector<Slot> slots;
   std::vector<Output> p_out;  // one
-};
-
-struct StepConstants {
-  AdamStep adam;
-  SgdStep sgd;
+  mx::Stream stream;
+  // The job whose task follows on the stream, when all that it reads was there before either task
+  // was queued. Alive as long as this one has not run, since the queue holds it.
+  std::atomic<Job*> next{nullptr};
+  // For the stream's thread:
+  StepConstants constants{};
+  bool has_run{false};
 };
 
 // The loops that read both as they are stored, or null.
@@ -174,9 +189,8 @@ const UpdateLoops* loops_for(const CpuLoops& loops, const Input& parameter, cons
 class SegmentUpdate {
  public:
   // The part ends before element `end`.
-  SegmentUpdate(const Job& job, const StepConstants& constants, size_t index, size_t end)
+  SegmentUpdate(const Job& job, size_t index, size_t end)
       : job_(job),
-        constants_(constants),
         segment_(job.plan->segments[index]),
         gradient_(job.gradients[index], end, 0),
         parameter_(job.parameters[index], end, 1),
@@ -241,18 +255,17 @@ class SegmentUpdate {
       a.m_out = state_out[0];
       a.v_in = state_in[1];
       a.v_out = state_out[1];
-      loops.adam(constants_.adam, a, n);
+      loops.adam(job_.constants.adam, a, n);
     } else {
       a.v_in = state_in[0];
       a.v_out = state_out[0];
       size_t variant = job_.rule.has_weight_decay() + 2 * job_.rule.has_momentum() +
                        4 * (job_.rule.values.nesterov != 0);
-      loops.sgd[variant](constants_.sgd, a, n);
+      loops.sgd[variant](job_.constants.sgd, a, n);
     }
   }
 
   const Job& job_;
-  const StepConstants& constants_;
   const Segment& segment_;
   Walk gradient_;
   Walk parameter_;
@@ -265,9 +278,8 @@ class SegmentUpdate {
 
 // Updates elements [begin, end) of the segment with this index in the plan: from front to back, or
 // panel by panel where the gradient lies across its rows.
-void update_segment(
-    const Job& job, const StepConstants& constants, size_t index, size_t begin, size_t end) {
-  SegmentUpdate update(job, constants, index, end);
+void update_segment(const Job& job, size_t index, size_t begin, size_t end) {
+  SegmentUpdate update(job, index, end);
   size_t length = job.gradients[index].long_row();
   if (length == 0) {
     update.run(begin, end);
@@ -314,46 +326,95 @@ void clear_gaps(const Output& out, const std::vector<Range>& used, size_t end) {
   std::memset(out.at(from), 0, (end - from) * out.itemsize());
 }
 
-void run(const Job& job) {
+// Updates blocks [begin, end) of the bucket.
+void update_blocks(const Job& job, size_t begin_block, size_t end_block) {
+  const auto& segments = job.plan->segments;
+  size_t begin = begin_block * kBlock;
+  size_t end = end_block * kBlock;
+  auto segment = std::upper_bound(
+      segments.begin(), segments.end(), begin, [](size_t offset, const Segment& s) {
+        return offset < s.p_offset;
+      });
+  // A leaf of size 0 has the offset of the one that follows it.
+  for (--segment; segment != segments.end() && segment->p_offset < end; ++segment) {
+    size_t first = begin > segment->p_offset ? begin - segment->p_offset : 0;
+    size_t last = std::min(segment->size, end - segment->p_offset);
+    if (first < last) {
+      update_segment(job, segment - segments.begin(), first, last);
+    }
+  }
+}
+
+// What comes before the update of a bucket's elements.
+void prepare(Job& job) {
   uint64_t step = job.step ? *job.step : 0;
   float learning_rate = job.schedule ? schedule_value(*job.schedule, step) : *job.learning_rate;
-  const auto& segments = job.plan->segments;
   for (const Slot& slot : job.slots) {
     if (!slot.in_place) {
       carry_untouched(job, slot);
     }
   }
-  StepConstants constants{};
   if (job.rule.kind == RuleKind::adam) {
-    constants.adam = prepare_adam(job.rule.values, learning_rate, step);
+    job.constants.adam = prepare_adam(job.rule.values, learning_rate, step);
   } else {
-    constants.sgd = prepare_sgd(job.rule.values, learning_rate);
+    job.constants.sgd = prepare_sgd(job.rule.values, learning_rate);
   }
+}
 
-  // In blocks. Long enough for a thread to find whole panels, short enough for all to have work.
-  size_t total = job.plan->p_blocks;
+// How many blocks a thread takes at once: enough to find whole panels, few enough for all threads
+// to have work until the end.
+size_t grain_of(const std::vector<Job*>& jobs, size_t total) {
   size_t share = (total + num_threads() - 1) / num_threads();
-  size_t grain = std::clamp<size_t>(total / (32 * num_threads()), 64, 2048);
-  for (const Input& gradient : job.gradients) {
-    size_t panel = gradient.long_row() * kPanelRows / kBlock;
-    grain = std::max(grain, std::min(panel, share));
+  size_t grain = std::clamp<size_t>(total / (32 * num_threads()), kMinGrain, kMaxGrain);
+  for (const Job* job : jobs) {
+    for (const Input& gradient : job->gradients) {
+      size_t panel = gradient.long_row() * kPanelRows / kBlock;
+      grain = std::max(grain, std::min(panel, share));
+    }
   }
-  parallel_for(total, grain, [&](size_t begin_block, size_t end_block) {
-    size_t begin = begin_block * kBlock;
-    size_t end = end_block * kBlock;
-    auto segment = std::upper_bound(
-        segments.begin(), segments.end(), begin, [](size_t offset, const Segment& s) {
-          return offset < s.p_offset;
-        });
-    // A leaf of size 0 has the offset of the one that follows it.
-    for (--segment; segment != segments.end() && segment->p_offset < end; ++segment) {
-      size_t first = begin > segment->p_offset ? begin - segment->p_offset : 0;
-      size_t last = std::min(segment->size, end - segment->p_offset);
-      if (first < last) {
-        update_segment(job, constants, segment - segments.begin(), first, last);
+  return grain;
+}
+
+// Does this job and all that follow it, unless an earlier task has done so already.
+void run(Job& first) {
+  if (first.has_run) {
+    return;
+  }
+  std::vector<Job*> jobs;
+  std::vector<size_t> starts;  // the first block of each, counted through all of them
+  size_t total = 0;
+  for (Job* job = &first; job != nullptr; job = job->next) {
+    prepare(*job);
+    jobs.push_back(job);
+    starts.push_back(total);
+    total += job->plan->p_blocks;
+  }
+  parallel_for(total, grain_of(jobs, total), [&](size_t begin, size_t end) {
+    size_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (; i < jobs.size() && starts[i] < end; ++i) {
+      size_t blocks = jobs[i]->plan->p_blocks;
+      size_t from = std::max(begin, starts[i]) - starts[i];
+      size_t to = std::min(end - starts[i], blocks);
+      if (from < to) {
+        update_blocks(*jobs[i], from, to);
       }
     }
   });
+  for (Job* job : jobs) {
+    job->has_run = true;
+  }
+}
+
+// Queues the job's task. When the job is ready, all that it reads being there, the task before it
+// may do it as well: its outputs have their memory, which nobody else holds.
+void enqueue(const std::shared_ptr<Job>& job, bool is_ready) {
+  mx::cpu::get_command_encoder(job->stream).dispatch([job] { run(*job); });
+  thread_local std::weak_ptr<Job> last;
+  auto before = last.lock();
+  if (is_ready && before && before->stream == job->stream) {
+    before->next = job.get();
+  }
+  last = job;
 }
 
 // Writes zeros between the segments of each array that moves to fresh memory.
@@ -392,7 +453,7 @@ void cpu_fused_update(
   // weights above all. Waiting for it costs nothing: this step needs its gradients anyway.
   update.place_outputs(inputs, outputs, [&] { mx::synchronize(update.stream()); });
   auto operand = [&](size_t i) -> const mx::array& { return update.operand(inputs, i); };
-  auto job = std::make_shared<Job>();
+  auto job = std::make_shared<Job>(update.stream());
   job->held = update.held();
   job->plan = update.plan_ptr();
   job->rule = update.rule();
@@ -425,7 +486,10 @@ void cpu_fused_update(
   }
   bool p_in_place = operand(first_parameter).data_shared_ptr() == outputs[0].data_shared_ptr();
   clear_fresh_gaps(*job, p_in_place, outputs);
-  mx::cpu::get_command_encoder(update.stream()).dispatch([job] { run(*job); });
+  // An input may be an output of what is still queued, and MLX does not tell. What is held was
+  // there when the graph was built.
+  bool is_ready = inputs.empty();
+  enqueue(job, is_ready);
 }
 
 void cpu_advance(
