@@ -28,7 +28,6 @@ namespace {
 constexpr size_t kBlockElements = 1024;
 constexpr size_t kMaxSlots = 2;
 constexpr size_t kMinGrain = 64;  // in blocks of a bucket
-constexpr size_t kMaxGrain = 4096;
 
 using Scratch = float[kBlockElements];
 
@@ -361,11 +360,11 @@ void prepare(Job& job) {
   }
 }
 
-// How many blocks a thread takes at once: enough to find whole panels, few enough for all threads
-// to have work until the end.
+// How many blocks a thread takes at least: enough to find whole panels, but no more than a thread's
+// share.
 size_t grain_of(const std::vector<Job*>& jobs, size_t total) {
   size_t share = (total + num_threads() - 1) / num_threads();
-  size_t grain = std::clamp<size_t>(total / (32 * num_threads()), kMinGrain, kMaxGrain);
+  size_t grain = kMinGrain;
   for (const Job* job : jobs) {
     for (const Input& gradient : job->gradients) {
       size_t panel = gradient.long_row() * kPanelRows / kBlock;

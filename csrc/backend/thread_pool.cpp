@@ -20,15 +20,16 @@ namespace {
 
 constexpr size_t kMaxThreads = 1024;
 constexpr int kLooks = 200;
+constexpr size_t kMaxGrains = 64;  // in a piece
 
-// A thread's own part of a loop, handed out in grains from front to back.
+// A thread's own part of a loop, handed out from front to back.
 struct alignas(64) Part {
   std::atomic<size_t> next{0};
   size_t end{0};
 };
 
 // Each thread starts with a part of its own, since memory is fastest when read on from where the
-// last grain ended, and helps the others once that is done.
+// last piece ended, and helps the others once that is done.
 class Loop {
  public:
   Loop(
@@ -51,17 +52,24 @@ class Loop {
   void run(size_t thread) {
     for (size_t i = 0; i < parts_.size(); ++i) {
       Part& part = parts_[(thread + i) % parts_.size()];
-      for (;;) {
-        size_t begin = part.next.fetch_add(grain_, std::memory_order_relaxed);
-        if (begin >= part.end) {
-          break;
+      size_t begin = part.next;
+      while (begin < part.end) {
+        size_t end = std::min(begin + piece(part.end - begin), part.end);
+        if (part.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
+          body_(begin, end);
+          begin = part.next;
         }
-        body_(begin, std::min(begin + grain_, part.end));
       }
     }
   }
 
  private:
+  // A quarter of what is left, in grains: long pieces first, and at the end so short ones that no
+  // thread waits long for another.
+  size_t piece(size_t left) const {
+    return std::clamp<size_t>(left / grain_ / 4, 1, kMaxGrains) * grain_;
+  }
+
   const std::function<void(size_t, size_t)>& body_;
   size_t grain_;
   std::vector<Part> parts_;
