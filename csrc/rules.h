@@ -4,8 +4,8 @@
 // A rule has three parts, in this order: its constants (a plain struct, filled on the host), what
 // is the same for every element of a step (computed once), and the update of an element.
 // Arithmetic is float32 in pairs (pair.h), so that each result is rounded once, at the store. Adam
-// takes a half-precision parameter's update in plain float32: its rounding at the store is 2^13
-// times as coarse or more.
+// takes a half-precision parameter's update in plain float32: a unit of what is stored is 2^13 of
+// its units or more.
 #pragma once
 
 #include "pair_math.h"
@@ -132,8 +132,8 @@ FLATSTEP_FN Element adam(AdamStep s, Element e, float g) {
   e.m = rounded(m);
   e.v = rounded(v);
   if (HALF_PARAMETER) {
-    float update = s.step_size.hi * e.m / (square_root(e.v) + s.eps.hi);
-    e.p = s.decay.hi * e.p - update;
+    float update = e.m / (square_root(e.v) + s.eps.hi);
+    e.p = s.decay.hi * e.p - s.step_size.hi * update;
   } else {
     Pair update = divide_by_root_plus(m, v, s.eps);
     e.p = rounded(subtract(multiply(s.decay, e.p), multiply(s.step_size, update)));

@@ -2,9 +2,10 @@
 // also does what the next ones would, as far as that is ready: threads then wait for each other
 // once for many buckets.
 //
-// The task walks the bucket in blocks that fit in the first-level cache. Float32 state is read and
-// written where it lies, and so are parameters and gradients of one dtype; any other goes through
-// a block of float32 scratch.
+// The task walks the bucket in blocks that fit in the first-level cache. Float32 is read and
+// written where it lies, and so are parameters and gradients of one half-precision dtype; what is
+// stored otherwise goes through a block of float32 scratch, and what is not contiguous through a
+// panel.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -45,10 +46,14 @@ class Input {
     return dtype_;
   }
 
+  // The length of the rows that are read a panel at a time; 0 where they lie in one piece.
+  size_t scattered_row() const {
+    return layout_ && layout_->crosses_lines() ? layout_->row_length() : 0;
+  }
+
   // The length of the rows that are best walked a panel at a time; 0 where any order will do.
   size_t long_row() const {
-    bool is_long = layout_ && layout_->crosses_lines() && layout_->row_length() > kPanelColumns;
-    return is_long ? layout_->row_length() : 0;
+    return scattered_row() > kPanelColumns ? scattered_row() : 0;
   }
 
  private:
@@ -161,8 +166,9 @@ struct Job {
   std::vector<Slot> slots;
   std::vector<Output> p_out;  // one
   mx::Stream stream;
-  // The job whose task follows on the stream, when all that it reads was there before either task
-  // was queued. Alive as long as this one has not run, since the queue holds it.
+  // The next job that the same thread queued on the stream, where that is ready: all that it reads
+  // was there when its graph was built, and it writes that memory. Its task is queued behind this
+  // one's, so it outlives this one's.
   std::atomic<Job*> next{nullptr};
   // For the stream's thread:
   StepConstants constants{};
@@ -367,7 +373,7 @@ size_t grain_of(const std::vector<Job*>& jobs, size_t total) {
   size_t grain = kMinGrain;
   for (const Job* job : jobs) {
     for (const Input& gradient : job->gradients) {
-      size_t panel = gradient.long_row() * kPanelRows / kBlock;
+      size_t panel = gradient.scattered_row() * kPanelRows / kBlock;
       grain = std::max(grain, std::min(panel, share));
     }
   }
@@ -383,6 +389,7 @@ void run(Job& first) {
   std::vector<size_t> starts;  // the first block of each, counted through all of them
   size_t total = 0;
   for (Job* job = &first; job != nullptr; job = job->next) {
+    job->has_run = true;
     prepare(*job);
     jobs.push_back(job);
     starts.push_back(total);
@@ -399,13 +406,9 @@ void run(Job& first) {
       }
     }
   });
-  for (Job* job : jobs) {
-    job->has_run = true;
-  }
 }
 
-// Queues the job's task. When the job is ready, all that it reads being there, the task before it
-// may do it as well: its outputs have their memory, which nobody else holds.
+// Queues the job's task. When the job is ready an earlier task of the stream may do it as well.
 void enqueue(const std::shared_ptr<Job>& job, bool is_ready) {
   mx::cpu::get_command_encoder(job->stream).dispatch([job] { run(*job); });
   thread_local std::weak_ptr<Job> last;
@@ -418,13 +421,6 @@ void enqueue(const std::shared_ptr<Job>& job, bool is_ready) {
 
 // Writes zeros between the segments of each array that moves to fresh memory.
 void clear_fresh_gaps(const Job& job, bool p_in_place, const std::vector<mx::array>& outputs) {
-  bool all_in_place = p_in_place;
-  for (const Slot& slot : job.slots) {
-    all_in_place &= slot.in_place;
-  }
-  if (all_in_place) {
-    return;
-  }
   std::vector<Range> p_used;
   std::vector<Range> state_used = job.plan->untouched;
   for (const Segment& s : job.plan->segments) {
@@ -449,7 +445,7 @@ void clear_fresh_gaps(const Job& job, bool p_in_place, const std::vector<mx::arr
 void cpu_fused_update(
     FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   // Work that is still queued holds the buffers that it reads, the backward pass's reads of the
-  // weights above all. Waiting for it costs nothing: this step needs its gradients anyway.
+  // weights above all. Waiting for it costs little: this step needs its gradients anyway.
   update.place_outputs(inputs, outputs, [&] { mx::synchronize(update.stream()); });
   auto operand = [&](size_t i) -> const mx::array& { return update.operand(inputs, i); };
   auto job = std::make_shared<Job>(update.stream());
@@ -484,10 +480,17 @@ void cpu_fused_update(
     job->slots.push_back({Input(in), Output(out), in_place});
   }
   bool p_in_place = operand(first_parameter).data_shared_ptr() == outputs[0].data_shared_ptr();
-  clear_fresh_gaps(*job, p_in_place, outputs);
-  // An input may be an output of what is still queued, and MLX does not tell. What is held was
-  // there when the graph was built.
-  bool is_ready = inputs.empty();
+  bool all_in_place =
+      p_in_place && std::all_of(job->slots.begin(), job->slots.end(), [](const Slot& slot) {
+        return slot.in_place;
+      });
+  if (!all_in_place) {
+    clear_fresh_gaps(*job, p_in_place, outputs);
+  }
+  // What is held was there when the graph was built; an input may be an output of what is still
+  // queued, which MLX does not tell. And fresh memory may have been that of an output which was
+  // dropped before its task has written it.
+  bool is_ready = inputs.empty() && all_in_place;
   enqueue(job, is_ready);
 }
 

@@ -33,7 +33,7 @@ struct UpdateLoops {
 struct CpuLoops {
   const char* name;
   UpdateLoops float32;
-  UpdateLoops half_in_float32;  // for parameters in half precision, converted to float32
+  UpdateLoops half_in_float32;  // for half-precision parameters, all converted to float32
   UpdateLoops float16;
   UpdateLoops bfloat16;
   void (*load_float16)(const uint16_t* in, float* out, size_t n);

@@ -8,6 +8,9 @@ namespace flatstep {
 
 namespace mx = mlx::core;
 
+// As in an update.
+constexpr size_t kGrain = size_t(1) << 12;
+
 void floor_pass(mx::array& p, const mx::array& g, std::vector<mx::array>& state) {
   size_t n = p.size();
   for (const mx::array* a : {static_cast<const mx::array*>(&p), &g}) {
@@ -24,7 +27,7 @@ void floor_pass(mx::array& p, const mx::array& g, std::vector<mx::array>& state)
   }
   float* p_data = p.data<float>();
   const float* g_data = g.data<float>();
-  parallel_for(n, size_t(1) << 12, [&](size_t begin, size_t end) {
+  parallel_for(n, kGrain, [&](size_t begin, size_t end) {
     if (slots.size() == 2) {
       float* m = slots[0];
       float* v = slots[1];

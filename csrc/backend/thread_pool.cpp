@@ -219,8 +219,8 @@ void set_num_threads(size_t n) {
 void parallel_for(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) {
   SharedPool& shared = *shared_pool();
   if (count <= grain || shared.num_threads == 1) {
-    for (size_t begin = 0; begin < count; begin += grain) {
-      body(begin, std::min(begin + grain, count));
+    if (count > 0) {
+      body(0, count);
     }
     return;
   }

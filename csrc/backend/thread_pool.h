@@ -16,8 +16,8 @@ size_t num_threads();
 void set_num_threads(size_t n);
 
 // Calls body(begin, end) for ranges that cover [0, count), on all threads. They begin at multiples
-// of `grain` and are long at first, short at last. Returns when all have run. `body` must not
-// throw.
+// of `grain` and are long at first, short at last; one thread gets one range. Returns when all have
+// run. `body` must not throw.
 void parallel_for(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body);
 
 }  // namespace flatstep

@@ -298,7 +298,8 @@ using namespace flatstep;
     constant Schedule& schedule [[buffer(2)]], uint i [[thread_position_in_grid]]) {
   float rate = schedule_value(schedule, 3);
   Element e = {p[i], 0.0f, 0.0f};
-  p[i] = adam(prepare_adam(h, rate, 4), e, 1.0f).p;
+  p[i] = adam<false>(prepare_adam(h, rate, 4), e, 1.0f).p;
+  p[i] += adam<true>(prepare_adam(h, rate, 4), e, 1.0f).p;
 }
 """)
     simulator.check(source, [HERE.parents[1] / "csrc"])
