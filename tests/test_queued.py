@@ -40,8 +40,11 @@ class Training:
         self.params = self.optimizer.apply_gradients(self.gradients, self.params)
         mx.async_eval(self.params, self.optimizer.state)
 
-    def values(self) -> Any:
+    def wait(self) -> None:
         mx.eval(self.params, self.optimizer.state)
+
+    def values(self) -> Any:
+        self.wait()
         return bits({"params": self.params, "state": dict(self.optimizer.state)})
 
 
@@ -49,7 +52,7 @@ def trained_alone(case: Case, seed: int, steps: int) -> Any:
     training = Training(case, seed)
     for _ in range(steps):
         training.step()
-        mx.eval(training.params, training.optimizer.state)
+        training.wait()
     return training.values()
 
 
@@ -57,17 +60,12 @@ def trained_alone(case: Case, seed: int, steps: int) -> Any:
 def test_steps_that_wait_together_are_what_they_are_alone(case: Case) -> None:
     expected = [trained_alone(case, seed, 4) for seed in range(2)]
     both = [Training(case, seed) for seed in range(2)]
-    for _ in range(2):
-        for training in both:
-            training.step()
-        for training in both:
-            mx.eval(training.params, training.optimizer.state)
-    for _ in range(2):
+    for _ in range(4):
         keep_the_stream_busy()
         for training in both:
             training.step()
         for training in both:
-            mx.eval(training.params, training.optimizer.state)
+            training.wait()
     assert [training.values() for training in both] == expected
 
 
@@ -86,5 +84,5 @@ def test_a_step_reads_gradients_that_are_queued_before_it(case: Case) -> None:
             ]
         }
         training.step()
-        mx.eval(training.params, training.optimizer.state)
+        training.wait()
     assert training.values() == expected

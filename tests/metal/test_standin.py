@@ -88,6 +88,7 @@ def runs(
     """The processes of the tests that were asked for, a few at a time."""
     site = standin.build()
     here = [item for item in request.session.items if item.path == Path(__file__)]
+    # pytest's types know no callspec: parametrize() adds it.
     jobs = [item.callspec.params["job"] for item in here]  # type: ignore[attr-defined]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {job: pool.submit(run, job, site, tmp_path_factory.mktemp("run")) for job in jobs}
