@@ -16,7 +16,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc)
 FORMATTED := $(CXX_SOURCES) $(wildcard metal/*.metal metal/*.h \
-  tests/metal/*/*.cpp tests/metal/*/*.h tests/metal/*/*/*.h tests/metal/*/*/*.hpp)
+  tests/*.cpp tests/metal/*/*.cpp tests/metal/*/*.h tests/metal/*/*/*.h tests/metal/*/*/*.hpp)
 SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* scripts/metal_source.py \
   python/flatstep/*.py* python/flatstep/*/*.py)
 

@@ -63,6 +63,7 @@ struct Job {
   // For the stream's thread:
   StepConstants constants{};
   bool has_run{false};
+  size_t start{0};  // its first block, counted through the jobs that are done at once
 };
 
 // The loops that read both as they are stored, or null.
@@ -258,41 +259,48 @@ void prepare(Job& job) {
 
 // How many blocks a thread takes at least: enough to find whole panels, but no more than a thread's
 // share.
-size_t grain_of(const std::vector<Job*>& jobs, size_t total) {
+size_t grain_of(const Job& first, const Job& last, size_t total) {
   size_t share = (total + num_threads() - 1) / num_threads();
   size_t grain = kMinGrain;
-  for (const Job* job : jobs) {
+  for (const Job* job = &first;; job = job->next) {
     for (const Input& gradient : job->gradients) {
       size_t panel = gradient.scattered_row() * kPanelRows / kBlock;
       grain = std::max(grain, std::min(panel, share));
     }
+    if (job == &last) {
+      return grain;
+    }
   }
-  return grain;
 }
 
-// Does this job and all that follow it, unless an earlier task has done so already.
+// Does this job and all that follow it, unless an earlier task has done so already. Needs no
+// memory: what has begun cannot fail.
 void run(Job& first) {
   if (first.has_run) {
     return;
   }
-  std::vector<Job*> jobs;
-  std::vector<size_t> starts;  // the first block of each, counted through all of them
   size_t total = 0;
+  Job* last = nullptr;
   for (Job* job = &first; job != nullptr; job = job->next) {
     job->has_run = true;
     prepare(*job);
-    jobs.push_back(job);
-    starts.push_back(total);
+    job->start = total;
     total += job->plan->p_blocks;
+    last = job;
   }
-  parallel_for(total, grain_of(jobs, total), [&](size_t begin, size_t end) {
-    size_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-    for (; i < jobs.size() && starts[i] < end; ++i) {
-      size_t blocks = jobs[i]->plan->p_blocks;
-      size_t from = std::max(begin, starts[i]) - starts[i];
-      size_t to = std::min(end - starts[i], blocks);
+  parallel_for(total, grain_of(first, *last, total), [&first, last](size_t begin, size_t end) {
+    Job* job = &first;
+    while (job != last && job->next.load()->start <= begin) {
+      job = job->next;
+    }
+    for (;; job = job->next) {
+      size_t from = std::max(begin, job->start) - job->start;
+      size_t to = std::min(end - job->start, job->plan->p_blocks);
       if (from < to) {
-        update_blocks(*jobs[i], from, to);
+        update_blocks(*job, from, to);
+      }
+      if (job == last || job->start + job->plan->p_blocks >= end) {
+        return;
       }
     }
   });

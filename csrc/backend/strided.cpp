@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 namespace flatstep {
 
@@ -10,15 +11,6 @@ namespace {
 // A panel of columns is so wide, and so many of its elements stay in the cache.
 constexpr size_t kPanelElements = size_t(1) << 16;
 constexpr size_t kTile = 16;
-
-// Columns [column, column + num_columns) of some rows.
-struct Panel {
-  size_t row;
-  size_t num_rows;
-  size_t column;
-  size_t num_columns;
-  size_t pitch;  // from row to row in the buffer
-};
 
 // Rows of a panel that lie a power of two apart share a few sets of the cache and evict each other.
 size_t pitch_of(size_t num_columns) {
@@ -163,39 +155,49 @@ const char* StridedReader::read(size_t begin, size_t limit, size_t& count) {
   size_t length = layout_.row_length();
   size_t row = begin / length;
   size_t column = begin % length;
-  bool is_here =
-      row >= row_ && row < row_ + num_rows_ && column >= column_ && column < column_ + num_columns_;
+  const Panel& p = panel_;
+  bool is_here = row >= p.row && row < p.row + p.num_rows && column >= p.column &&
+                 column < p.column + p.num_columns;
   if (!is_here) {
-    size_t first_column = column / kPanelColumns * kPanelColumns;
-    size_t columns = std::min(kPanelColumns, length - first_column);
-    size_t rows_left = (walk_end_ - 1) / length + 1 - row;
-    size_t rows = std::clamp(kPanelElements / columns, size_t(16), kPanelRows);
-    fill(row, std::min(rows_left, rows), first_column, columns);
+    fill(row, column);
   }
-  size_t in_row = column - column_;
-  size_t at = (row - row_) * pitch_ + in_row;
+  size_t in_row = column - p.column;
+  size_t at = (row - p.row) * p.pitch + in_row;
   // Rows that are whole and follow each other can be read on.
-  bool is_whole = num_columns_ == length && pitch_ == length;
-  count = std::min(limit, is_whole ? num_rows_ * length - at : num_columns_ - in_row);
-  return reinterpret_cast<const char*>(buffer_.data()) + at * itemsize_;
+  bool is_whole = p.num_columns == length && p.pitch == length;
+  count = std::min(limit, is_whole ? p.num_rows * length - at : p.num_columns - in_row);
+  return reinterpret_cast<const char*>(elements_) + at * itemsize_;
 }
 
-void StridedReader::fill(size_t row, size_t num_rows, size_t column, size_t num_columns) {
-  row_ = row;
-  num_rows_ = num_rows;
-  column_ = column;
-  num_columns_ = num_columns;
-  pitch_ = num_rows == 1 ? num_columns : pitch_of(num_columns);
-  size_t bytes = num_rows * pitch_ * itemsize_;
-  if (buffer_.size() * sizeof(uint32_t) < bytes) {
-    buffer_.resize((bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t));
+uint32_t* StridedReader::reserve(size_t bytes) noexcept {
+  try {
+    if (buffer_.size() * sizeof(uint32_t) < bytes) {
+      buffer_.resize((bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t));
+    }
+    return buffer_.data();
+  } catch (const std::bad_alloc&) {
+    return nullptr;
   }
-  Panel panel{row, num_rows, column, num_columns, pitch_};
+}
+
+void StridedReader::fill(size_t row, size_t column) {
+  size_t length = layout_.row_length();
+  size_t first_column = column / kPanelColumns * kPanelColumns;
+  size_t columns = std::min(kPanelColumns, length - first_column);
+  size_t rows_left = (walk_end_ - 1) / length + 1 - row;
+  size_t rows = std::min(rows_left, std::clamp(kPanelElements / columns, size_t(16), kPanelRows));
+  panel_ = {row, rows, first_column, columns, rows == 1 ? columns : pitch_of(columns)};
+  uint32_t* out = reserve(panel_.num_rows * panel_.pitch * itemsize_);
+  if (out == nullptr) {
+    panel_ = {row, 1, column, std::min(kSpareColumns, length - column), kSpareColumns};
+    out = spare_;
+  }
+  elements_ = out;
   if (itemsize_ == 4) {
-    copy_panel(layout_, panel, reinterpret_cast<const uint32_t*>(data_), buffer_.data());
+    copy_panel(layout_, panel_, reinterpret_cast<const uint32_t*>(data_), out);
   } else {
-    auto* out = reinterpret_cast<uint16_t*>(buffer_.data());
-    copy_panel(layout_, panel, reinterpret_cast<const uint16_t*>(data_), out);
+    auto* halves = reinterpret_cast<uint16_t*>(out);
+    copy_panel(layout_, panel_, reinterpret_cast<const uint16_t*>(data_), halves);
   }
 }
 

@@ -19,6 +19,7 @@ namespace mx = mlx::core;
 // so many columns. A walk that goes through one panel after the other copies each element once.
 inline constexpr size_t kPanelRows = 64;
 inline constexpr size_t kPanelColumns = 1024;
+inline constexpr size_t kSpareColumns = 64;
 
 // The layout of an array, without the array: neighbouring dimensions that one stride can walk are
 // merged. What is left is a number of rows, and the dimension of their elements.
@@ -50,6 +51,15 @@ class StridedLayout {
   std::vector<int64_t> strides_;
 };
 
+// Columns [column, column + num_columns) of some rows.
+struct Panel {
+  size_t row;
+  size_t num_rows;
+  size_t column;
+  size_t num_columns;
+  size_t pitch;  // from row to row in the buffer
+};
+
 // One thread's walk through an array.
 class StridedReader {
  public:
@@ -69,19 +79,18 @@ class StridedReader {
   const char* read(size_t begin, size_t limit, size_t& count);
 
  private:
-  void fill(size_t row, size_t num_rows, size_t column, size_t num_columns);
+  void fill(size_t row, size_t column);
+  uint32_t* reserve(size_t bytes) noexcept;
 
   const StridedLayout& layout_;
   const char* data_;
   size_t itemsize_;
   size_t walk_end_;
   std::vector<uint32_t>& buffer_;
-  // The panel that the buffer holds.
-  size_t row_{0};
-  size_t num_rows_{0};
-  size_t column_{0};
-  size_t num_columns_{0};
-  size_t pitch_{1};  // from row to row in the buffer
+  Panel panel_{};
+  const uint32_t* elements_{nullptr};  // the panel's
+  // Takes the buffer's place where there is no memory: a step that has begun cannot fail.
+  uint32_t spare_[kSpareColumns];
 };
 
 }  // namespace flatstep

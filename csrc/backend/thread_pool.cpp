@@ -6,11 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -29,41 +28,59 @@ struct alignas(64) Part {
 };
 
 // Each thread starts with a part of its own, since memory is fastest when read on from where the
-// last piece ended, and helps the others once that is done.
+// last piece ended, and helps the others once that is done. The parts are the caller's, one for
+// each thread, so that a loop needs no memory.
 class Loop {
  public:
   Loop(
       const std::function<void(size_t, size_t)>& body,
       size_t count,
       size_t grain,
-      size_t num_threads)
-      : body_(body), grain_(grain), parts_(num_threads) {
+      std::vector<Part>& parts)
+      : body_(body), grain_(grain), parts_(parts) {
     size_t grains = (count + grain - 1) / grain;
     size_t begin = 0;
-    for (size_t i = 0; i < num_threads; ++i) {
-      size_t end = std::min(count, grains * (i + 1) / num_threads * grain);
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      size_t end = std::min(count, grains * (i + 1) / parts_.size() * grain);
       parts_[i].next = begin;
       parts_[i].end = end;
       begin = end;
     }
   }
 
-  // Works until all is handed out.
-  void run(size_t thread) {
-    for (size_t i = 0; i < parts_.size(); ++i) {
-      Part& part = parts_[(thread + i) % parts_.size()];
-      size_t begin = part.next;
-      while (begin < part.end) {
-        size_t end = std::min(begin + piece(part.end - begin), part.end);
-        if (part.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
-          body_(begin, end);
-          begin = part.next;
-        }
+  // Works until all is handed out. What the body throws is kept for `rethrow`, and nothing more is
+  // handed out.
+  void run(size_t thread) noexcept {
+    try {
+      for (size_t i = 0; i < parts_.size(); ++i) {
+        run_part(parts_[(thread + i) % parts_.size()]);
+      }
+    } catch (...) {
+      if (!failed_.exchange(true)) {
+        error_ = std::current_exception();
       }
     }
   }
 
+  // Once all threads are done.
+  void rethrow() const {
+    if (error_) {
+      std::rethrow_exception(error_);
+    }
+  }
+
  private:
+  void run_part(Part& part) {
+    size_t begin = part.next;
+    while (begin < part.end && !failed_) {
+      size_t end = std::min(begin + piece(part.end - begin), part.end);
+      if (part.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
+        body_(begin, end);
+        begin = part.next;
+      }
+    }
+  }
+
   // A quarter of what is left, in grains: long pieces first, and at the end so short ones that no
   // thread waits long for another.
   size_t piece(size_t left) const {
@@ -72,12 +89,15 @@ class Loop {
 
   const std::function<void(size_t, size_t)>& body_;
   size_t grain_;
-  std::vector<Part> parts_;
+  std::vector<Part>& parts_;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
 };
 
 class Pool {
  public:
   explicit Pool(size_t num_workers) {
+    threads_.reserve(num_workers);
     sigset_t all, previous;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &previous);
@@ -85,10 +105,11 @@ class Pool {
       for (size_t i = 0; i < num_workers; ++i) {
         threads_.emplace_back([this, i] { work(i + 1); });
       }
-    } catch (const std::system_error&) {
-      // The system gives no more threads: those that there are share the work.
+    } catch (const std::exception&) {
+      // The system gives no more threads or memory: those that there are share the work.
     }
     pthread_sigmask(SIG_SETMASK, &previous, nullptr);
+    parts_ = std::vector<Part>(threads_.size() + 1);
   }
 
   ~Pool() {
@@ -102,23 +123,25 @@ class Pool {
     }
   }
 
-  size_t num_workers() const {
-    return threads_.size();
-  }
-
-  void share(Loop& loop) {
+  void share(const std::function<void(size_t, size_t)>& body, size_t count, size_t grain) {
+    Loop loop(body, count, grain, parts_);
     {
       std::lock_guard lock(mutex_);
       loop_ = &loop;
-      busy_ = threads_.size();
       ++generation_;
     }
     wake_.notify_all();
     loop.run(0);
+    // All is handed out. Who has not woken yet finds no loop any more, and is not waited for.
+    {
+      std::lock_guard lock(mutex_);
+      loop_ = nullptr;
+    }
     if (!soon([this] { return busy_ == 0; })) {
       std::unique_lock lock(mutex_);
       done_.wait(lock, [this] { return busy_ == 0; });
     }
+    loop.rethrow();
   }
 
  private:
@@ -146,7 +169,11 @@ class Pool {
         return;
       }
       seen = generation_;
+      if (loop_ == nullptr) {
+        continue;
+      }
       Loop* loop = loop_;
+      ++busy_;
       lock.unlock();
       loop->run(number);
       lock.lock();
@@ -161,26 +188,16 @@ class Pool {
   std::condition_variable done_;
   Loop* loop_{nullptr};
   std::atomic<uint64_t> generation_{0};
-  std::atomic<size_t> busy_{0};
+  std::atomic<size_t> busy_{0};  // workers in a loop
   bool stopping_{false};
   std::vector<std::thread> threads_;
+  std::vector<Part> parts_;
 };
-
-size_t default_num_threads() {
-  // Python has checked the variable at import; anything else means the default.
-  if (const char* text = std::getenv("FLATSTEP_NUM_THREADS")) {
-    long n = std::strtol(text, nullptr, 10);
-    if (n > 0) {
-      return static_cast<size_t>(n);
-    }
-  }
-  return std::max(1u, std::thread::hardware_concurrency());
-}
 
 struct SharedPool {
   std::mutex mutex;  // one loop at a time: two streams may ask at once
   Pool* pool{nullptr};
-  std::atomic<size_t> num_threads{default_num_threads()};
+  std::atomic<size_t> num_threads{1};
 };
 
 SharedPool*& shared_pool() {
@@ -228,8 +245,7 @@ void parallel_for(size_t count, size_t grain, const std::function<void(size_t, s
   if (shared.pool == nullptr) {
     shared.pool = new Pool(shared.num_threads - 1);
   }
-  Loop loop(body, count, grain, shared.pool->num_workers() + 1);
-  shared.pool->share(loop);
+  shared.pool->share(body, count, grain);
 }
 
 }  // namespace flatstep

@@ -11,13 +11,13 @@
 
 namespace flatstep {
 
-// How many threads share a loop, the calling one counted. FLATSTEP_NUM_THREADS or all cores.
+// How many threads share a loop, the calling one counted. One until flatstep's import sets it.
 size_t num_threads();
 void set_num_threads(size_t n);
 
 // Calls body(begin, end) for ranges that cover [0, count), on all threads. They begin at multiples
 // of `grain` and are long at first, short at last; one thread gets one range. Returns when all have
-// run. `body` must not throw.
+// run. What `body` throws comes out here, once no thread is in it any more.
 void parallel_for(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body);
 
 }  // namespace flatstep

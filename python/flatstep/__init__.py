@@ -3,11 +3,10 @@
 ``import flatstep as optim`` where a training loop says ``import mlx.optimizers as optim``.
 """
 
-from ._environment import check_environment
+from ._environment import num_threads as _num_threads
 from ._mlx_version import check_mlx_version
 
 check_mlx_version()
-check_environment()
 
 # What flatstep has no rule for yet comes from MLX as it is, so that changing the import is enough.
 from mlx.optimizers import (  # noqa: E402
@@ -23,7 +22,7 @@ from mlx.optimizers import (  # noqa: E402
     clip_grad_norm,
 )
 
-from . import optimizers, schedulers  # noqa: E402
+from . import _ext, optimizers, schedulers  # noqa: E402
 from .layout import Segment  # noqa: E402
 from .optimizers import SGD, Adam, AdamW, FlatUpdate  # noqa: E402
 from .schedulers import (  # noqa: E402
@@ -33,6 +32,8 @@ from .schedulers import (  # noqa: E402
     linear_schedule,
     step_decay,
 )
+
+_ext.set_num_threads(_num_threads())
 
 __version__ = "0.1.0"
 
