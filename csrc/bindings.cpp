@@ -332,8 +332,10 @@ NB_MODULE(_ext, m) {
          const std::vector<std::pair<std::vector<int>, size_t>>& specs,
          mx::StreamOrDevice s) {
         std::vector<ViewSpec> view_specs;
-        for (const auto& [shape, offset] : specs) {
-          view_specs.push_back({to_shape(shape), offset});
+        for (const auto& [dimensions, offset] : specs) {
+          auto shape = to_shape(dimensions);
+          bool is_apart = keeps_much_else(size_of_shape(shape), flat.size());
+          view_specs.push_back({std::move(shape), offset, is_apart ? always() : nullptr});
         }
         auto shared = std::make_shared<const std::vector<ViewSpec>>(std::move(view_specs));
         return views(flat, std::move(shared), s);
@@ -341,5 +343,7 @@ NB_MODULE(_ext, m) {
       "flat"_a,
       "specs"_a,
       "stream"_a = nb::none(),
-      "Parts of a flat array, given as (shape, first element), sharing its memory.");
+      "Parts of a flat array, given as (shape, first element). They share its memory unless they "
+      "would "
+      "keep much of it that is not theirs.");
 }

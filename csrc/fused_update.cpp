@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <iterator>
 #include <stdexcept>
+#include <thread>
 
 #include "allocate.h"
 #include "array_uses.h"
@@ -30,39 +32,42 @@ AtomicCounters& counters() {
 // Where a flat array may start in its memory, in bytes: a GPU's vector loads need it.
 constexpr int64_t kAlignment = 16;
 
+// True for an array that is all of the memory that MLX has given it.
+bool is_whole(const mx::array& a) {
+  return a.data_shared_ptr()->is_owned() && a.flags().row_contiguous && a.data_size() == a.size() &&
+         a.offset() % kAlignment == 0;
+}
+
 // True when nobody but this update, in `own_uses` places, holds the array, and nothing but the
 // array its memory.
 bool is_ours_alone(const mx::array& a, long own_uses) {
-  return descriptor_uses(a) == own_uses && memory_uses(a) == 1 && a.data_shared_ptr()->is_owned() &&
-         a.flags().row_contiguous && a.data_size() == a.size() && a.offset() % kAlignment == 0;
+  return descriptor_uses(a) == own_uses && memory_uses(a) == 1;
 }
 
-// Of parameters in one buffer: true when nobody else holds one of them, or the buffer. What is
-// still queued holds what it reads, on a GPU until its command buffer has run; nothing else keeps
-// an update in place behind the work that reads the old values.
-bool are_ours_alone(const BucketPlan& plan, const mx::array* parameters, long own_uses) {
-  for (size_t i = 0; i < plan.segments.size(); ++i) {
-    if (descriptor_uses(parameters[i]) != own_uses) {
+// A GPU's work lets go of memory a little after MLX says that it has run. Waits for that, for a
+// millisecond at most, and not again soon where it was in vain: then it is somebody else.
+bool is_let_go_soon(const mx::array& a, long own_uses) {
+  using Clock = std::chrono::steady_clock;
+  constexpr auto kPatience = std::chrono::milliseconds(1);
+  constexpr auto kPause = std::chrono::milliseconds(100);
+  static std::atomic<Clock::duration> not_before{Clock::duration::min()};
+  auto start = Clock::now();
+  if (descriptor_uses(a) != own_uses || start.time_since_epoch() < not_before.load()) {
+    return false;
+  }
+  while (memory_uses(a) > 1) {
+    if (Clock::now() - start > kPatience) {
+      not_before = (Clock::now() + kPause).time_since_epoch();
       return false;
     }
+    std::this_thread::yield();
   }
-  return memory_uses(parameters[0]) == static_cast<long>(plan.segments.size());
+  return true;
 }
 
 void share_whole(const mx::array& source, mx::array& out) {
   mx::Strides strides = out.strides();
   out.copy_shared_buffer(source, strides, {true, true, out.size() <= 1}, out.size());
-}
-
-// True while a function is traced: what is evaluated then is read again at every replay.
-bool is_tracing() {
-  // MLX tells it only of an array that is marked as a tracer.
-  static const mx::array* probe = [] {
-    auto* a = new mx::array(0.0f);
-    a->set_tracer(true);
-    return a;
-  }();
-  return probe->is_tracer();
 }
 
 bool are_available(const std::vector<mx::array>& arrays) {
@@ -108,20 +113,53 @@ void check(const BucketPlan& plan, const Rule& rule, bool has_schedule, const Up
 
 }  // namespace
 
-bool lie_in_one_buffer(const BucketPlan& plan, const mx::array* parameters) {
-  const mx::array& first = parameters[0];
-  const auto& memory = first.data_shared_ptr();
-  size_t itemsize = first.itemsize();
-  for (size_t i = 0; i < plan.segments.size(); ++i) {
+bool is_tracing() {
+  // MLX tells it only of an array that is marked as a tracer.
+  static const mx::array* probe = [] {
+    auto* a = new mx::array(0.0f);
+    a->set_tracer(true);
+    return a;
+  }();
+  return probe->is_tracer();
+}
+
+Home::Home(const BucketPlan& plan, const mx::array* parameters)
+    : plan_(plan), parameters_(parameters) {
+  size_t n = plan.segments.size();
+  const mx::array::Data* seen = nullptr;
+  for (size_t i = 0; i < n && count_ == 0; ++i) {
     const mx::array& p = parameters[i];
-    auto expected = first.offset() + static_cast<int64_t>(plan.segments[i].p_offset * itemsize);
-    if (p.data_shared_ptr() != memory || p.offset() != expected || !p.flags().row_contiguous ||
-        p.data_size() != p.size()) {
-      return false;
+    if (p.size() == 0 || p.data_shared_ptr().get() == seen || !is_whole(p)) {
+      continue;
+    }
+    seen = p.data_shared_ptr().get();
+    int64_t begin = start(i);
+    size_t bytes = plan.p_blocks * kBlock * p.itemsize();
+    if (begin >= 0 && begin % kAlignment == 0 &&
+        p.buffer_size() >= static_cast<size_t>(begin) + bytes) {
+      first_ = i;
+      for (size_t k = 0; k < n; ++k) {
+        count_ += has(k);
+      }
     }
   }
-  size_t needed = static_cast<size_t>(first.offset()) + plan.p_blocks * kBlock * itemsize;
-  return memory->is_owned() && first.offset() % kAlignment == 0 && first.buffer_size() >= needed;
+}
+
+int64_t Home::start(size_t i) const {
+  const mx::array& p = parameters_[i];
+  return p.offset() - static_cast<int64_t>(plan_.segments[i].p_offset * p.itemsize());
+}
+
+bool Home::has(size_t i) const {
+  const mx::array& p = parameters_[i];
+  return p.data_shared_ptr() == memory() && start(i) == start(first_) && p.flags().row_contiguous &&
+         p.data_size() == p.size();
+}
+
+void Home::share(mx::array& flat) const {
+  auto before = -static_cast<int64_t>(plan_.segments[first_].p_offset);
+  flat.copy_shared_buffer(
+      parameters_[first_], flat.strides(), {true, true, flat.size() <= 1}, flat.size(), before);
 }
 
 ReuseCounters reuse_counters() {
@@ -173,12 +211,14 @@ std::vector<mx::array> FusedUpdate::connect(
   if (!is_tracing()) {
     bool holds = holds_operands(stream().device);
     if (are_available(own)) {
-      const mx::array* leaves = &own[first_parameter_operand()];
-      if (lie_in_one_buffer(*plan_, leaves)) {
+      auto leaves = own.begin() + static_cast<long>(first_parameter_operand());
+      Home home(*plan_, &*leaves);
+      if (home.has_all()) {
         mx::array flat(plan_->p_shape(), plan_->dtype, nullptr, {});
-        share_whole(*leaves, flat);
+        home.share(flat);
         flat.set_status(mx::array::Status::available);
-        own.erase(own.begin() + static_cast<long>(first_parameter_operand()), own.end());
+        leaves_.assign(std::make_move_iterator(leaves), std::make_move_iterator(own.end()));
+        own.erase(leaves, own.end());
         own.push_back(std::move(flat));
         has_flat_parameters_ = true;
       }
@@ -199,33 +239,19 @@ std::vector<mx::array> FusedUpdate::connect(
   return inputs;
 }
 
-void FusedUpdate::place_outputs(
+bool FusedUpdate::place_outputs(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
-    const std::function<void()>& settle) const {
+    const std::function<void()>& settle) {
   // How many hold an operand that nobody else does: this, or each output's list of inputs.
   long own_uses = held_ ? 1 : static_cast<long>(outputs.size());
-  const mx::array* parameters = &operand(inputs, first_parameter_operand());
-  bool in_place = has_flat_parameters_ || lie_in_one_buffer(*plan_, parameters);
-  auto are_alone = [&] {
-    return has_flat_parameters_ ? is_ours_alone(*parameters, own_uses)
-                                : are_ours_alone(*plan_, parameters, own_uses);
-  };
-  if (in_place && !are_alone()) {
-    settle();
-    in_place = are_alone();
-  }
-  if (in_place) {
-    share_whole(*parameters, outputs[0]);
-    ++counters().parameters_in_place;
-  } else {
-    allocate(outputs[0]);
-    ++counters().parameters_fresh;
-  }
+  bool in_place = place_parameters(inputs, outputs[0], own_uses, settle);
   for (size_t k = 0; k < num_slots(); ++k) {
     const mx::array& in = operand(inputs, first_state_operand() + k);
     mx::array& out = outputs[1 + k];
-    if (is_ours_alone(in, own_uses)) {
+    bool is_on_gpu = !holds_operands(stream().device);
+    if (is_whole(in) &&
+        (is_ours_alone(in, own_uses) || (is_on_gpu && is_let_go_soon(in, own_uses)))) {
       share_whole(in, out);
       ++counters().state_in_place;
     } else {
@@ -233,6 +259,54 @@ void FusedUpdate::place_outputs(
       ++counters().state_fresh;
     }
   }
+  return in_place;
+}
+
+bool FusedUpdate::place_parameters(
+    const std::vector<mx::array>& inputs,
+    mx::array& out,
+    long own_uses,
+    const std::function<void()>& settle) {
+  plan_->kept->review();
+  const mx::array* leaves =
+      has_flat_parameters_ ? leaves_.data() : &operand(inputs, first_parameter_operand());
+  long leaf_uses = has_flat_parameters_ ? 1 : own_uses;
+  Home home(*plan_, leaves);
+  auto held = [&] {
+    std::vector<size_t> result;
+    for (size_t i = 0; i < num_segments(); ++i) {
+      if (home.has(i) && descriptor_uses(leaves[i]) != leaf_uses) {
+        result.push_back(plan_->segments[i].leaf);
+      }
+    }
+    return result;
+  };
+  // What is still queued holds what it reads, on a GPU until its command buffer has run; nothing
+  // else keeps an update in place behind the work that reads the old values.
+  auto is_alone = [&] {
+    auto uses = static_cast<long>(home.count()) + has_flat_parameters_;
+    return home.memory().use_count() == uses && held().empty();
+  };
+  if (home.is_there() && !is_alone()) {
+    settle();
+  }
+  if (home.is_there() && is_alone()) {
+    home.share(out);
+    ++counters().parameters_in_place;
+    return true;
+  }
+  allocate(out);
+  ++counters().parameters_fresh;
+  if (home.is_there()) {
+    // On a GPU the work that reads the parameters holds their memory at every step.
+    bool is_known = holds_operands(stream().device) || !held().empty();
+    if (is_known) {
+      plan_->kept->suspect(home.memory(), held(), plan_->p_blocks);
+    } else {
+      plan_->kept->watch(home.memory(), plan_->p_blocks);
+    }
+  }
+  return false;
 }
 
 std::vector<mx::Shape> FusedUpdate::output_shapes(const std::vector<mx::array>& inputs) {

@@ -48,9 +48,41 @@ UpdateOutputs fused_update(
     UpdateInputs inputs,
     mx::StreamOrDevice s = {});
 
-// True when the parameters are the segments of one buffer, in their places, and that buffer is
-// large enough to be written as a whole: what a step of the same plan leaves behind.
-bool lie_in_one_buffer(const BucketPlan& plan, const mx::array* parameters);
+// True while a function is traced: what is evaluated then is read again at every replay.
+bool is_tracing();
+
+// What a step of the same plan leaves behind: a buffer, large enough to be written as a whole, in
+// which parameters lie in their places. Some may lie elsewhere.
+class Home {
+ public:
+  Home(const BucketPlan& plan, const mx::array* parameters);
+
+  bool is_there() const {
+    return count_ > 0;
+  }
+  // Whether the parameter of this segment lies in it.
+  bool has(size_t i) const;
+  bool has_all() const {
+    return is_there() && count_ == plan_.segments.size();
+  }
+  size_t count() const {
+    return count_;
+  }
+  const std::shared_ptr<mx::array::Data>& memory() const {
+    return parameters_[first_].data_shared_ptr();
+  }
+  // Gives a flat array this memory.
+  void share(mx::array& flat) const;
+
+ private:
+  // Where the flat array starts if this parameter lies in its place in it, in bytes.
+  int64_t start(size_t i) const;
+
+  const BucketPlan& plan_;
+  const mx::array* parameters_;
+  size_t first_{0};  // of those in it
+  size_t count_{0};
+};
 
 // How often a buffer was written in place, and how often into fresh memory, since the start.
 struct ReuseCounters {
@@ -139,19 +171,26 @@ class FusedUpdate : public mx::Primitive {
 
   // Gives each output its memory: that of the input it replaces where nobody else holds that,
   // fresh memory otherwise. `settle` is called once where queued work may be what stands in the
-  // way of writing parameters in place.
-  void place_outputs(
+  // way of writing parameters in place. Returns whether they are.
+  bool place_outputs(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs,
-      const std::function<void()>& settle) const;
+      const std::function<void()>& settle);
 
  private:
+  bool place_parameters(
+      const std::vector<mx::array>& inputs,
+      mx::array& out,
+      long own_uses,
+      const std::function<void()>& settle);
+
   std::shared_ptr<const BucketPlan> plan_;
   Rule rule_;
   std::shared_ptr<const Schedule> schedule_;
   bool has_flat_parameters_{false};
-  HeldArrays held_;            // all operands but the gradients, or null
-  HeldArrays held_gradients_;  // all of them, or null
+  std::vector<mx::array> leaves_;  // of flat parameters: somebody may hold one of them
+  HeldArrays held_;                // all operands but the gradients, or null
+  HeldArrays held_gradients_;      // all of them, or null
 };
 
 }  // namespace flatstep

@@ -56,24 +56,41 @@ Layout::Layout(
     bucket.leaves.push_back(i);
     leaves_.push_back(std::move(leaf));
   }
+  for (Bucket& bucket : buckets_) {
+    std::vector<size_t> sizes;
+    for (size_t index : bucket.leaves) {
+      sizes.push_back(blocks_for(leaves_[index].size));
+    }
+    bucket.kept = std::make_shared<KeptLeaves>(std::move(sizes));
+  }
 }
 
-std::shared_ptr<const BucketPlans> Layout::plan(const std::vector<size_t>& given) const {
+bool Layout::recurs(const std::vector<size_t>& given) const {
+  std::lock_guard lock(mutex_);
+  bool result = given == last_given_;
+  if (!result) {
+    last_given_ = given;
+  }
+  return result;
+}
+
+std::shared_ptr<const BucketPlans> Layout::plan(
+    const std::vector<size_t>& given, bool recurs) const {
   std::lock_guard lock(mutex_);
   for (const auto& cached : cache_) {
-    if (cached.given == given) {
+    if (cached.recurs == recurs && cached.given == given) {
       return cached.plans;
     }
   }
   if (cache_.size() == kCachedPlans) {
     cache_.erase(cache_.begin());
   }
-  auto plans = std::make_shared<const BucketPlans>(make_plans(given));
-  cache_.push_back({given, plans});
+  auto plans = std::make_shared<const BucketPlans>(make_plans(given, recurs));
+  cache_.push_back({given, recurs, plans});
   return plans;
 }
 
-BucketPlans Layout::make_plans(const std::vector<size_t>& given) const {
+BucketPlans Layout::make_plans(const std::vector<size_t>& given, bool recurs) const {
   constexpr size_t absent = std::numeric_limits<size_t>::max();
   std::vector<size_t> position(leaves_.size(), absent);
   for (size_t i = 0; i < given.size(); ++i) {
@@ -83,21 +100,30 @@ BucketPlans Layout::make_plans(const std::vector<size_t>& given) const {
   for (size_t b = 0; b < buckets_.size(); ++b) {
     const Bucket& bucket = buckets_[b];
     BucketPlan plan{b, bucket.dtype};
-    std::vector<ViewSpec> views;
-    for (size_t index : bucket.leaves) {
+    plan.kept = bucket.kept;
+    for (size_t k = 0; k < bucket.leaves.size(); ++k) {
+      size_t index = bucket.leaves[k];
       const Leaf& leaf = leaves_[index];
       if (position[index] == absent) {
         plan.untouched.push_back({leaf.offset, leaf.offset + leaf.size});
         continue;
       }
-      plan.segments.push_back({position[index], leaf.size, plan.p_blocks * kBlock, leaf.offset});
-      views.push_back({leaf.shape, plan.p_blocks * kBlock});
+      plan.segments.push_back({position[index], leaf.size, plan.p_blocks * kBlock, leaf.offset, k});
       plan.p_blocks += blocks_for(leaf.size);
     }
-    if (!plan.segments.empty()) {
-      plan.views = std::make_shared<const std::vector<ViewSpec>>(std::move(views));
-      plans.push_back(std::make_shared<const BucketPlan>(std::move(plan)));
+    if (plan.segments.empty()) {
+      continue;
     }
+    bool is_part = !plan.untouched.empty() && !recurs;
+    std::vector<ViewSpec> views;
+    for (const Segment& s : plan.segments) {
+      bool is_apart = is_part && keeps_much_else(blocks_for(s.size), plan.p_blocks);
+      std::shared_ptr<const std::atomic<bool>> kept(plan.kept, &plan.kept->is_apart(s.leaf));
+      const mx::Shape& shape = leaves_[bucket.leaves[s.leaf]].shape;
+      views.push_back({shape, s.p_offset, is_apart ? always() : std::move(kept)});
+    }
+    plan.views = std::make_shared<const std::vector<ViewSpec>>(std::move(views));
+    plans.push_back(std::make_shared<const BucketPlan>(std::move(plan)));
   }
   return plans;
 }

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "kept_leaves.h"
 #include "mlx/array.h"
 #include "view.h"
 
@@ -32,6 +33,7 @@ struct Bucket {
   mx::Dtype dtype;
   size_t blocks{0};
   std::vector<size_t> leaves{};
+  std::shared_ptr<KeptLeaves> kept{};
 };
 
 // A leaf's part in a step. `p_offset` differs from `state_offset` when gradients came for a subset
@@ -41,6 +43,7 @@ struct Segment {
   size_t size;
   size_t p_offset;
   size_t state_offset;
+  size_t leaf;  // its number in the bucket
 };
 
 struct Range {
@@ -56,6 +59,7 @@ struct BucketPlan {
   std::vector<Range> untouched{};   // state that this step leaves as it is
   ViewSpecs views{};                // the segments' parameters in the flat array that is written
   size_t p_blocks{0};
+  std::shared_ptr<KeptLeaves> kept{};
 
   mx::Shape p_shape() const;
 };
@@ -80,13 +84,20 @@ class Layout {
 
   // The plans for a step that brings gradients for these leaves, in the order given. The last few
   // are kept, since a training loop asks for the same one at every step.
-  std::shared_ptr<const BucketPlans> plan(const std::vector<size_t>& given) const;
+  //
+  // A leaf of a part of a bucket would keep the others of this part, although the next step may
+  // bring other leaves: unless the part `recurs`, small leaves are then apart.
+  std::shared_ptr<const BucketPlans> plan(const std::vector<size_t>& given, bool recurs) const;
+
+  // Whether the last step brought gradients for these leaves too; remembers them.
+  bool recurs(const std::vector<size_t>& given) const;
 
  private:
-  BucketPlans make_plans(const std::vector<size_t>& given) const;
+  BucketPlans make_plans(const std::vector<size_t>& given, bool recurs) const;
 
   struct CachedPlan {
     std::vector<size_t> given;
+    bool recurs;
     std::shared_ptr<const BucketPlans> plans;
   };
 
@@ -94,6 +105,7 @@ class Layout {
   std::vector<Bucket> buckets_;
   mutable std::mutex mutex_;
   mutable std::vector<CachedPlan> cache_;
+  mutable std::vector<size_t> last_given_;
 };
 
 }  // namespace flatstep

@@ -18,7 +18,8 @@ StepResult update_leaves(
     mx::StreamOrDevice s) {
   NextStep next = advance(step, schedule, s);
   std::vector<std::optional<mx::array>> updated(leaves.size());
-  auto plans = layout.plan(leaves);
+  // A trace is replayed with the same leaves.
+  auto plans = layout.plan(leaves, is_tracing() || layout.recurs(leaves));
   for (const auto& plan : *plans) {
     UpdateInputs in{step, learning_rate, {}, parameters, gradients};
     for (int slot = 0; slot < rule.num_slots(); ++slot) {
@@ -72,12 +73,12 @@ bool are_flat(
     const Layout& layout,
     const std::vector<size_t>& leaves,
     const std::vector<mx::array>& parameters) {
-  for (const auto& plan : *layout.plan(leaves)) {
+  for (const auto& plan : *layout.plan(leaves, /* recurs */ true)) {
     std::vector<mx::array> in_order;
     for (const Segment& segment : plan->segments) {
       in_order.push_back(parameters[segment.position]);
     }
-    if (!lie_in_one_buffer(*plan, in_order.data())) {
+    if (!Home(*plan, in_order.data()).has_all()) {
       return false;
     }
   }

@@ -4,6 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "allocate.h"
 #include "mlx/utils.h"
 
 namespace flatstep {
@@ -63,12 +64,19 @@ std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamO
   return result;
 }
 
-void View::eval(const mx::array& flat, std::vector<mx::array>& outputs) {
+std::shared_ptr<const std::atomic<bool>> always() {
+  static const auto instance = std::make_shared<const std::atomic<bool>>(true);
+  return instance;
+}
+
+std::vector<std::optional<mx::array>> View::place_outputs(
+    const mx::array& flat, std::vector<mx::array>& outputs) const {
   // State that no step has touched yet is one zero, broadcast.
   bool is_one_element = flat.size() > 1 && flat.data_size() == 1;
   if (!is_one_element && !flat.flags().row_contiguous) {
     throw std::runtime_error("[view] the flat array is not contiguous.");
   }
+  std::vector<std::optional<mx::array>> copies(outputs.size());
   for (size_t i = 0; i < outputs.size(); ++i) {
     mx::array& out = outputs[i];
     if (is_one_element) {
@@ -83,16 +91,15 @@ void View::eval(const mx::array& flat, std::vector<mx::array>& outputs) {
     mx::array::Flags flags{/* contiguous */ true,
                            /* row_contiguous */ true,
                            /* col_contiguous */ dimensions_over_one <= 1};
-    out.copy_shared_buffer(flat, strides, flags, out.size(), static_cast<int64_t>(spec(i).offset));
+    bool is_apart = spec(i).is_apart && *spec(i).is_apart;
+    if (is_apart) {
+      copies[i].emplace(out.shape(), out.dtype(), nullptr, std::vector<mx::array>{});
+      allocate(out);
+    }
+    mx::array& view = is_apart ? *copies[i] : out;
+    view.copy_shared_buffer(flat, strides, flags, out.size(), static_cast<int64_t>(spec(i).offset));
   }
-}
-
-void View::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  eval(inputs[0], outputs);
-}
-
-void View::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  eval(inputs[0], outputs);
+  return copies;
 }
 
 bool View::is_equivalent(const mx::Primitive& other) const {

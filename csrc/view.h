@@ -1,7 +1,10 @@
-// Leaves as views of a flat array: no copy, no work, only descriptors.
+// Leaves as views of a flat array: no copy, no work, only descriptors, but for those that get
+// memory of their own (see kept_leaves.h).
 #pragma once
 
+#include <atomic>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "mlx/primitives.h"
@@ -18,7 +21,12 @@ size_t size_of_shape(const mx::Shape& shape);
 struct ViewSpec {
   mx::Shape shape;
   size_t offset;  // in elements from the start of the flat array
+  // Looked at when the view is made: whether it gets a copy instead. Null: never.
+  std::shared_ptr<const std::atomic<bool>> is_apart{};
 };
+
+// For a view that always gets a copy.
+std::shared_ptr<const std::atomic<bool>> always();
 
 // Each node makes a few of them. More to a node means fewer nodes, but MLX keeps a list of
 // siblings in every output, so the bookkeeping grows with the square.
@@ -27,7 +35,7 @@ inline constexpr size_t kViewsPerNode = 8;
 // The same for every step, so it is made once and shared.
 using ViewSpecs = std::shared_ptr<const std::vector<ViewSpec>>;
 
-// The parts of `flat` that `specs` name, row-contiguous, sharing its memory.
+// The parts of `flat` that `specs` name, row-contiguous, sharing its memory unless they are apart.
 // Throws std::invalid_argument when a part does not lie within the array.
 std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamOrDevice s = {});
 
@@ -49,9 +57,12 @@ class View : public mx::Primitive {
   bool is_equivalent(const mx::Primitive& other) const override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
 
- private:
-  void eval(const mx::array& flat, std::vector<mx::array>& outputs);
+  // Gives each output its memory. Returns what is to be copied there: for each output that is
+  // apart its part of the flat array, and for the others nothing.
+  std::vector<std::optional<mx::array>> place_outputs(
+      const mx::array& flat, std::vector<mx::array>& outputs) const;
 
+ private:
   const ViewSpec& spec(size_t i) const {
     return (*specs_)[first_ + i];
   }

@@ -1,13 +1,14 @@
 // What a backend offers. Which files implement it is decided by what is linked.
 //
-// Besides what is declared here, cpu_eval.cpp defines the eval_cpu of FusedUpdate and Advance, and
-// either metal.cpp or no_gpu.cpp their eval_gpu.
+// Besides what is declared here, cpu_eval.cpp defines the eval_cpu of FusedUpdate, Advance and
+// View, and either metal.cpp or no_gpu.cpp their eval_gpu.
 #pragma once
 
 #include <vector>
 
 #include "advance.h"
 #include "fused_update.h"
+#include "view.h"
 
 namespace flatstep {
 
@@ -17,6 +18,10 @@ void require_backend(mx::Device device);
 // Whether an update on this device keeps the operands that its primitive holds until it has run.
 // MLX keeps only the inputs of a node.
 bool holds_operands(mx::Device device);
+
+// Whether work on the CPU may wait for all that is queued on its stream. With a GPU in the machine
+// that may itself wait for commands which MLX has not handed to the GPU yet, and never would.
+bool may_wait_for_queue();
 
 // The GPU backend of this build; null when it has none.
 const char* gpu_backend_name();
@@ -29,5 +34,8 @@ void cpu_fused_update(
 // Writes the next step and, with a schedule, the learning rate, to fresh memory.
 void cpu_advance(
     Advance& advance, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
+
+// Makes the leaves: views of the flat array, and copies of those that are apart.
+void cpu_view(View& view, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
 
 }  // namespace flatstep

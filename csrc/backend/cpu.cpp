@@ -14,7 +14,6 @@
 #include <optional>
 #include <stdexcept>
 
-#include "allocate.h"
 #include "backend/backend.h"
 #include "backend/cpu_arrays.h"
 #include "backend/cpu_dispatch.h"
@@ -344,7 +343,11 @@ void cpu_fused_update(
     FusedUpdate& update, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   // Work that is still queued holds the buffers that it reads, the backward pass's reads of the
   // weights above all. Waiting for it costs little: this step needs its gradients anyway.
-  update.place_outputs(inputs, outputs, [&] { mx::synchronize(update.stream()); });
+  bool p_in_place = update.place_outputs(inputs, outputs, [&] {
+    if (may_wait_for_queue()) {
+      mx::synchronize(update.stream());
+    }
+  });
   auto operand = [&](size_t i) -> const mx::array& { return update.operand(inputs, i); };
   auto job = std::make_shared<Job>(update.stream());
   job->held = update.held();
@@ -377,7 +380,6 @@ void cpu_fused_update(
     bool in_place = in.data_shared_ptr() == out.data_shared_ptr();
     job->slots.push_back({Input(in), Output(out), in_place});
   }
-  bool p_in_place = operand(first_parameter).data_shared_ptr() == outputs[0].data_shared_ptr();
   bool all_in_place =
       p_in_place && std::all_of(job->slots.begin(), job->slots.end(), [](const Slot& slot) {
         return slot.in_place;
@@ -390,22 +392,6 @@ void cpu_fused_update(
   // dropped before its task has written it.
   bool is_ready = inputs.empty() && all_in_place;
   enqueue(job, is_ready);
-}
-
-void cpu_advance(
-    Advance& advance, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  allocate_all(outputs);
-  const uint64_t* step = inputs[0].data<uint64_t>();
-  uint64_t* next = outputs[0].data<uint64_t>();
-  auto schedule = advance.schedule();
-  float* learning_rate = schedule ? outputs[1].data<float>() : nullptr;
-  auto& encoder = mx::cpu::get_command_encoder(advance.stream());
-  encoder.dispatch([step, next, schedule = std::move(schedule), learning_rate] {
-    if (schedule) {
-      *learning_rate = schedule_value(*schedule, *step);
-    }
-    *next = *step + 1;
-  });
 }
 
 }  // namespace flatstep

@@ -1,10 +1,15 @@
 // How MLX's evaluator enters the CPU backend.
 #include "backend/backend.h"
+#include "mlx/device.h"
 
 namespace flatstep {
 
 bool holds_operands(mx::Device device) {
   return device == mx::Device::cpu;
+}
+
+bool may_wait_for_queue() {
+  return !mx::is_available(mx::Device::gpu);
 }
 
 void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -13,6 +18,10 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
 
 void Advance::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   cpu_advance(*this, inputs, outputs);
+}
+
+void View::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  cpu_view(*this, inputs, outputs);
 }
 
 }  // namespace flatstep

@@ -158,6 +158,24 @@ class Pass {
   MTL::ComputePipelineState* kernels_[2]{};  // without and with tiles
 };
 
+// Writes arrays that lie apart, or do not start where a flat array may, into a flat one.
+class Copy {
+ public:
+  Copy(metal::Device& device, const std::vector<Source>& sources, mx::array& out)
+      : pass_(device, "Copy", {out.dtype(), mx::float32, mx::float32}, sources), out_(out) {
+  }
+
+  void encode(metal::CommandEncoder& encoder) const {
+    StepArguments arguments{};
+    arguments.schedule.num_pieces = 1;  // a constant, so that no learning rate is read
+    pass_.encode_all(encoder, FlatBuffers{nullptr, &out_}, arguments);
+  }
+
+ private:
+  Pass pass_;
+  mx::array& out_;
+};
+
 // One bucket's step on its way into the command buffer. All that can fail, a kernel that does not
 // compile above all, is done before anything is encoded.
 class UpdateEncoder {
@@ -172,45 +190,40 @@ class UpdateEncoder {
             device_,
             metal_rule(update.rule()),
             stored_dtypes(),
-            leaves(update.first_gradient_operand())) {
+            leaves(update.first_gradient_operand(), [](size_t) { return false; })) {
   }
 
   // Called once the outputs have their memory.
-  void run() {
-    std::vector<Copy> copies = make_copies();
+  void run(bool p_in_place) {
+    std::vector<Copy> copies = make_copies(p_in_place);
     auto& encoder = metal::get_command_encoder(update_.stream());
     for (const Copy& copy : copies) {
-      StepArguments arguments{};
-      arguments.schedule.num_pieces = 1;  // a constant, so that no learning rate is read
-      copy.pass.encode_all(encoder, FlatBuffers{nullptr, copy.out}, arguments);
+      copy.encode(encoder);
     }
     encode_update(encoder);
   }
 
  private:
-  // Writes arrays that lie apart, or do not start where a flat array may, into a flat one.
-  struct Copy {
-    Pass pass;
-    mx::array* out;
-  };
-
-  std::vector<Copy> make_copies() {
+  std::vector<Copy> make_copies(bool p_in_place) {
     std::vector<Copy> copies;
-    auto add = [&](const std::vector<Source>& sources, mx::array& out) {
-      std::vector<mx::Dtype> dtypes{out.dtype(), mx::float32, mx::float32};
-      copies.push_back({Pass(device_, "Copy", dtypes, sources), &out});
-    };
     for (size_t k = 0; k < update_.num_slots(); ++k) {
       const mx::array& state = operand(update_.first_state_operand() + k);
       mx::array& out = outputs_[1 + k];
       if (out.data_shared_ptr() != state.data_shared_ptr()) {
         // Whole, gaps and leaves without a gradient included.
-        add({{&state, out.size(), 0, 0}}, out);
+        copies.emplace_back(device_, std::vector<Source>{{&state, out.size(), 0, 0}}, out);
       }
     }
     p_in_ = &operand(update_.first_parameter_operand());
-    if (!update_.has_flat_parameters() && !lie_in_one_buffer(*update_.plan_ptr(), p_in_)) {
-      add(leaves(update_.first_parameter_operand()), outputs_[0]);
+    if (update_.has_flat_parameters()) {
+      return copies;
+    }
+    Home home(*update_.plan_ptr(), p_in_);
+    if (!home.has_all()) {
+      // Those that lie in what is written in place are where they belong.
+      auto is_there = [&](size_t i) { return p_in_place && home.has(i); };
+      auto sources = leaves(update_.first_parameter_operand(), is_there);
+      copies.emplace_back(device_, sources, outputs_[0]);
       p_in_ = &outputs_[0];
     }
     return copies;
@@ -237,12 +250,15 @@ class UpdateEncoder {
     return update_.operand(inputs_, i);
   }
 
-  // The operands from `first` on, an array for each segment.
-  std::vector<Source> leaves(size_t first) const {
+  // The operands from `first` on, an array for each segment that is not to be skipped.
+  template <typename Skip>
+  std::vector<Source> leaves(size_t first, Skip&& skip) const {
     std::vector<Source> sources;
     for (size_t i = 0; i < update_.num_segments(); ++i) {
       const Segment& s = update_.plan_ptr()->segments[i];
-      sources.push_back({&operand(first + i), s.size, s.p_offset, s.state_offset});
+      if (!skip(i)) {
+        sources.push_back({&operand(first + i), s.size, s.p_offset, s.state_offset});
+      }
     }
     return sources;
   }
@@ -275,8 +291,18 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx:
   UpdateEncoder encoder(*this, inputs, outputs);
   // Never synchronise here: MLX's evaluator still holds the command buffer that it would end.
   // Parameters that queued work still reads go to fresh memory, which MLX's cache recycles.
-  place_outputs(inputs, outputs, [] {});
-  encoder.run();
+  encoder.run(place_outputs(inputs, outputs, [] {}));
+}
+
+void View::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto parts = place_outputs(inputs[0], outputs);
+  auto& device = metal::device(stream().device);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (parts[i]) {
+      Copy copy(device, {{&*parts[i], outputs[i].size(), 0, 0}}, outputs[i]);
+      copy.encode(metal::get_command_encoder(stream()));
+    }
+  }
 }
 
 void Advance::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {

@@ -29,4 +29,8 @@ void Advance::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   throw std::runtime_error(kMessage);
 }
 
+void View::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
+  throw std::runtime_error(kMessage);
+}
+
 }  // namespace flatstep

@@ -33,6 +33,12 @@ class StandIn:
     def use_gpu(self, use: bool) -> None:
         self._library.standin_use_gpu(int(use))
 
+    def hold_stream(self, hold: bool) -> bool:
+        return bool(self._library.standin_hold_stream(int(hold)))
+
+    def let_go_late(self, microseconds: int) -> None:
+        self._library.standin_let_go_late(microseconds)
+
     def set_max_threads(self, most: int) -> None:
         self._library.standin_set_max_threads(most)
 
@@ -61,4 +67,5 @@ def standin() -> Iterator[StandIn]:
     yield STANDIN
     STANDIN.use_gpu(True)
     STANDIN.set_max_threads(1024)
+    STANDIN.let_go_late(0)
     assert STANDIN.take_error() == ""

@@ -1,5 +1,7 @@
 // Runs what was encoded, and keeps what the tests ask for.
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -9,6 +11,8 @@
 #include <string>
 #include <utility>
 
+#include "mlx/scheduler.h"
+#include "mlx/stream.h"
 #include "runtime.h"
 #include "settings.h"
 #include "standin.h"
@@ -160,6 +164,30 @@ using flatstep::standin::settings;
 
 void standin_use_gpu(int use) {
   settings().use_gpu = use != 0;
+}
+
+int standin_hold_stream(int hold) {
+  static std::mutex mutex;
+  static std::condition_variable released;
+  static bool is_held = false;
+  static bool was_too_long = false;
+  std::lock_guard lock(mutex);
+  settings().has_pending_gpu = hold != 0;
+  is_held = hold != 0;
+  if (is_held) {
+    was_too_long = false;
+    namespace mx = mlx::core;
+    mx::scheduler::enqueue(mx::default_stream(mx::Device::cpu), [] {
+      std::unique_lock lock(mutex);
+      was_too_long = !released.wait_for(lock, std::chrono::seconds(10), [] { return !is_held; });
+    });
+  }
+  released.notify_all();
+  return was_too_long;
+}
+
+void standin_let_go_late(int microseconds) {
+  settings().late = microseconds;
 }
 
 void standin_set_compiler(const char* command, const char* folder) {

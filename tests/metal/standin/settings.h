@@ -7,6 +7,8 @@ namespace flatstep::standin {
 
 struct Settings {
   bool use_gpu{true};
+  bool has_pending_gpu{false};
+  int late{0};  // in microseconds
   std::string compiler;
   std::string folder;
   int max_threads{1024};

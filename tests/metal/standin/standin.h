@@ -16,6 +16,11 @@ void run(const std::vector<MTL::Command>& commands);
 
 // 1: updates on the CPU's streams go through the GPU backend; 0: through the CPU's. At first 1.
 STANDIN_API void standin_use_gpu(int use);
+// 1: the CPU's default stream waits, as for a GPU whose commands are not committed; until 0, or for
+// ten seconds at most. Returns whether it has waited that long.
+STANDIN_API int standin_hold_stream(int hold);
+// The GPU lets go of what it has written so many microseconds after it has run. At first 0.
+STANDIN_API void standin_let_go_late(int microseconds);
 // The command line, up to the source's path, that compiles Metal source, and a folder for both.
 STANDIN_API void standin_set_compiler(const char* command, const char* folder);
 // How many threads a GPU runs in a threadgroup at most. At first 1024.
