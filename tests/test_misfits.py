@@ -216,7 +216,6 @@ def test_a_compiled_step_names_the_misfit_too(case: Case, misfit: Misfit) -> Non
 BAD_PARAMETERS: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
     ("list", [ONES], TypeError, ("dict", "list")),
     ("array", ONES, TypeError, ("dict", "array")),
-    ("integers", {"a": {"b": mx.ones((2,), mx.int32)}}, TypeError, ("a.b", "int32", "bfloat16")),
     ("NumPy", {"a": [np.ones(2)]}, TypeError, ("a.0", "mlx.core.array", "ndarray")),
     ("None", {"a": {"b": None}}, TypeError, ("a.b", "mlx.core.array", "NoneType")),
     ("number", {"a": 1.0}, TypeError, ("a", "mlx.core.array", "float")),
@@ -296,8 +295,8 @@ BAD_STATES: list[tuple[str, Callable[[Any], Any], type[Exception], tuple[str, ..
     ("integers", state_with("w.v", mx.ones((3, 4), mx.int32)), TypeError, ("w.v", "int32")),
     ("NumPy", state_with("w.v", np.ones((3, 4))), TypeError, ("w.v", "ndarray")),
     ("None", state_with("w.v", None), TypeError, ("w.v", "NoneType")),
-    ("array for slots", lambda state: {**state, "w": ONES}, TypeError, ("w", "dict", "array")),
-    ("a list for a dict", lambda state: {**state, "w": [ONES]}, TypeError, ("w", "dict", "list")),
+    ("array for slots", lambda state: {**state, "w": ONES}, ValueError, ("w", "dict", "array")),
+    ("a list for a dict", lambda state: {**state, "w": [ONES]}, ValueError, ("w", "dict", "list")),
     ("no step", lambda state: without(state, "step"), ValueError, ("step",)),
     ("no rate", lambda state: without(state, "learning_rate"), ValueError, ("learning_rate",)),
     ("negative step", lambda state: {**state, "step": -1}, ValueError, ("step", "-1")),
@@ -361,13 +360,18 @@ def assignments() -> list[tuple[str, Callable[[Any], Any], type[Exception], tupl
         ("dtype", lambda s: assign(leaf(s), "v", ONES.astype(mx.int8)), TypeError, ("v", "int8")),
         ("string", lambda s: assign(leaf(s), "v", "ones"), TypeError, (f"{WEIGHT}.v", "str")),
         ("None", lambda s: assign(leaf(s), "v", None), TypeError, (f"{WEIGHT}.v", "None")),
-        ("slot", lambda s: assign(leaf(s), "u", ONES), KeyError, (f"{WEIGHT}.u", "v")),
-        ("name", lambda s: assign(s["layers"][0], "other", {"v": ONES}), KeyError, ("other",)),
-        ("number for slots", lambda s: assign(s, "w", 3), TypeError, ("w", "dict", "3")),
-        ("number in a list", lambda s: assign(s["layers"], 0, 3), TypeError, ("layers.0", "3")),
+        ("slot", lambda s: assign(leaf(s), "u", ONES), ValueError, (f"{WEIGHT}.u", "v")),
+        ("name", lambda s: assign(s["layers"][0], "other", {"v": ONES}), ValueError, ("other",)),
+        ("number for slots", lambda s: assign(s, "w", 3), ValueError, ("w", "dict", "3")),
+        ("number in a list", lambda s: assign(s["layers"], 0, 3), ValueError, ("layers.0", "3")),
         ("short list", lambda s: assign(s, "layers", [{}]), ValueError, ("layers", "1", "2")),
-        ("half", lambda s: assign(s, "w", {"v": mx.ones((3, 4)), "u": 1}), KeyError, ("w.u",)),
-        ("delete", lambda s: leaf(s).pop("v"), TypeError, ("removed",)),
+        (
+            "half",
+            lambda s: assign(s, "w", {"v": mx.ones((3, 4)), "u": 1}),
+            ValueError,
+            ("w: ", "u"),
+        ),
+        ("delete", lambda s: leaf(s).pop("v"), ValueError, (WEIGHT, "assign {}")),
     ]
 
 
