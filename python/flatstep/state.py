@@ -10,9 +10,9 @@ Until the optimizer is initialised, and after a user has set a tree of their own
 arrays: storage and interface are then the same, those of a plain dict.
 """
 
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 
@@ -36,7 +36,7 @@ class State(LiveMapping):
 
     def __init__(self, *items: Any):
         dict.__init__(self, *items)
-        self.filled: list[weakref.ref[Any]] = []
+        self.filled: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
     @classmethod
     def adopt(cls, value: Any) -> Any:

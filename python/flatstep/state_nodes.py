@@ -8,9 +8,9 @@ take; only while a function is traced, when a node may be what it returns, is th
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 
@@ -25,7 +25,7 @@ class FlatState(Protocol):
     """What nodes need of the state that they are a part of."""
 
     replaced: int  # how often an assignment has replaced something
-    filled: list[weakref.ref[Any]]  # the leaves whose storage a trace may return
+    filled: WeakValueDictionary[int, Any]  # the leaves whose storage a trace may return
 
     @property
     def layout(self) -> Layout | None: ...
@@ -224,7 +224,7 @@ def node_at(state: FlatState, layout: Layout, keys: Keys, place: Any) -> Any:
         def make(filling: dict[Any, Any]) -> Any:
             node = KINDS[type(place)].make(state, layout, (*keys, *below), place, filling)
             if isinstance(place, int):
-                state.filled.append(weakref.ref(node))
+                state.filled[id(node)] = node
             return node
 
         if isinstance(place, int):
@@ -237,10 +237,11 @@ def node_at(state: FlatState, layout: Layout, keys: Keys, place: Any) -> Any:
 
 def refill(state: FlatState) -> None:
     """Brings what a trace may return up to date after the state has changed."""
-    nodes = [node for node in (held() for held in state.filled) if node is not None]
-    state.filled = [weakref.ref(node) for node in nodes] if _ext.is_tracing() else []
-    for node in nodes if state.filled else ():
-        node.refill()
+    if _ext.is_tracing():
+        for node in list(state.filled.values()):
+            node.refill()
+    else:
+        state.filled.clear()
 
 
 def assign(state: FlatState, keys: Keys, place: Any, items: dict[Any, Any]) -> None:
