@@ -131,7 +131,8 @@ class LiveDict(Node, LiveMapping):
         return iter(self._layout.slots if isinstance(place, int) else place)
 
     def __contains__(self, key: object) -> bool:
-        return any(key == name for name in self)
+        place = self._here()
+        return key in (self._layout.slots if isinstance(place, int) else place)
 
     def refill(self) -> None:
         """Brings the storage of a leaf up to date: see ``FlatState.filled``."""
