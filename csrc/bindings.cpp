@@ -10,6 +10,8 @@
 #include "backend/cpu_dispatch.h"
 #include "backend/floor.h"
 #include "backend/thread_pool.h"
+#include "fused_update.h"
+#include "mlx/transforms.h"
 #include "step.h"
 #include "tree.h"
 #include "view.h"
@@ -246,11 +248,16 @@ void bind_layout(nb::module_& m) {
       "are_flat",
       [](const Layout& layout, nb::handle skeleton, nb::handle parameters) {
         GivenLeaves given = collect_leaves(layout, skeleton, parameters, parameters);
+        {
+          nb::gil_scoped_release release;
+          mx::eval(given.parameters);
+        }
         return !given.dtype_changed && are_flat(layout, given.leaves, given.parameters);
       },
       "layout"_a,
       "skeleton"_a,
-      "parameters"_a);
+      "parameters"_a,
+      "Whether the parameters lie in their buckets, once they are evaluated.");
 }
 
 void bind_cpu(nb::module_& m) {
@@ -299,6 +306,8 @@ NB_MODULE(_ext, m) {
   bind_schedules(m);
   bind_layout(m);
   bind_cpu(m);
+  m.attr("MAX_TREE_DEPTH") = kMaxTreeDepth;
+  m.def("is_tracing", &is_tracing, "True while a function is traced.");
   m.def(
       "step",
       &step,

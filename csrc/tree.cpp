@@ -12,30 +12,132 @@ namespace flatstep {
 
 namespace {
 
-// The path from the root to where a walk is. Kept as a chain on the stack: no work unless there is
-// an error to report.
-struct Path {
-  const Path* parent;
-  nb::handle key;
-  Py_ssize_t index;
-
-  std::string str() const {
-    std::string own = key.is_valid() ? nb::cast<std::string>(nb::str(key)) : std::to_string(index);
-    return parent ? parent->str() + "." + own : own;
-  }
-};
-
-std::string name_of(const Path* path) {
-  return path ? path->str() : std::string("the tree");
-}
-
 std::string python_type_name(nb::handle object) {
   return nb::cast<std::string>(nb::str(nb::type_name(object.type())));
 }
 
-[[noreturn]] void fail(const Path* path, const std::string& message) {
-  throw std::invalid_argument(name_of(path) + ": " + message);
+bool is_sequence(nb::handle object) {
+  return PyList_Check(object.ptr()) || PyTuple_Check(object.ptr());
 }
+
+Py_ssize_t length_of(nb::handle sequence) {
+  return PyList_Check(sequence.ptr()) ? PyList_GET_SIZE(sequence.ptr())
+                                      : PyTuple_GET_SIZE(sequence.ptr());
+}
+
+nb::object item_of(nb::handle sequence, Py_ssize_t index) {
+  return nb::borrow(
+      PyList_Check(sequence.ptr()) ? PyList_GET_ITEM(sequence.ptr(), index)
+                                   : PyTuple_GET_ITEM(sequence.ptr(), index));
+}
+
+// Where a walk is: the containers from the root down, and in each the item that it has come to. No
+// recursion, so that the depth of a tree never meets the end of a thread's stack.
+class Walk {
+ public:
+  void enter(nb::handle container) {
+    for (const Level& level : levels_) {
+      if (level.container.is(container)) {
+        fail("the tree contains itself here");
+      }
+    }
+    if (levels_.size() == kMaxTreeDepth) {
+      fail("trees nest at most " + std::to_string(kMaxTreeDepth) + " levels deep, this one more");
+    }
+    levels_.push_back({nb::borrow(container), nb::object(), 0});
+  }
+
+  // The next item of the innermost container; null after the last.
+  nb::object next() {
+    Level& level = levels_.back();
+    if (PyDict_Check(level.container.ptr())) {
+      PyObject *key, *value;
+      if (PyDict_Next(level.container.ptr(), &level.position, &key, &value)) {
+        level.key = nb::borrow(key);
+        return nb::borrow(value);
+      }
+    } else if (level.position < length_of(level.container)) {
+      return item_of(level.container, level.position++);
+    }
+    return nb::object();
+  }
+
+  nb::object leave() {
+    nb::object container = std::move(levels_.back().container);
+    levels_.pop_back();
+    return container;
+  }
+
+  // What lies in another container where the walk is in its innermost one. Null when nothing does.
+  nb::object counterpart(nb::handle container) const {
+    const Level& level = levels_.back();
+    PyObject* raw = container.ptr();
+    if (raw == nullptr) {
+      return nb::object();
+    }
+    if (!level.key.is_valid()) {
+      bool is_there = is_sequence(container) && level.position <= length_of(container);
+      return is_there ? item_of(container, level.position - 1) : nb::object();
+    }
+    if (!PyDict_Check(raw)) {
+      return nb::object();
+    }
+    nb::object item = PyDict_CheckExact(raw)
+                          ? nb::borrow(PyDict_GetItemWithError(raw, level.key.ptr()))
+                          : nb::steal(PyObject_GetItem(raw, level.key.ptr()));
+    if (!item.is_valid() && PyErr_Occurred()) {
+      if (!PyErr_ExceptionMatches(PyExc_LookupError)) {
+        throw nb::python_error();
+      }
+      PyErr_Clear();
+    }
+    return item;
+  }
+
+  bool is_done() const {
+    return levels_.empty();
+  }
+
+  // The key of the item in the innermost container; null in a sequence.
+  nb::handle key() const {
+    return levels_.back().key;
+  }
+
+  [[noreturn]] void fail(const std::string& message) const {
+    throw std::invalid_argument(path() + ": " + message);
+  }
+
+  [[noreturn]] void fail_type(const std::string& message) const {
+    throw nb::type_error((path() + ": " + message).c_str());
+  }
+
+ private:
+  struct Level {
+    nb::object container;
+    nb::object key;       // a dict's
+    Py_ssize_t position;  // of the item after this one
+  };
+
+  // The first and the last keys are enough of a long path.
+  static constexpr size_t kPathEnds = 10;
+
+  std::string path() const {
+    std::string text;
+    for (size_t i = 0; i < levels_.size(); ++i) {
+      if (i == kPathEnds && levels_.size() > 2 * kPathEnds) {
+        i = levels_.size() - kPathEnds;
+        text += ". ... ";
+      }
+      const Level& level = levels_[i];
+      text += i == 0 ? "" : ".";
+      text += level.key.is_valid() ? nb::cast<std::string>(nb::str(level.key))
+                                   : std::to_string(level.position - 1);
+    }
+    return text.empty() ? "the tree" : text;
+  }
+
+  std::vector<Level> levels_;
+};
 
 std::string str(const mx::Shape& shape) {
   std::ostringstream text;
@@ -53,59 +155,6 @@ std::string str(mx::Dtype dtype) {
   return text.str();
 }
 
-// Null when there is no such item.
-nb::object item_of(nb::handle container, nb::handle key) {
-  if (PyDict_CheckExact(container.ptr())) {
-    return nb::borrow(PyDict_GetItemWithError(container.ptr(), key.ptr()));
-  }
-  PyObject* item = PyObject_GetItem(container.ptr(), key.ptr());
-  if (item == nullptr) {
-    PyErr_Clear();
-  }
-  return nb::steal(item);
-}
-
-nb::object item_of(nb::handle container, Py_ssize_t index) {
-  PyObject* raw = container.ptr();
-  if (PyList_Check(raw)) {
-    return nb::borrow(index < PyList_GET_SIZE(raw) ? PyList_GET_ITEM(raw, index) : nullptr);
-  }
-  if (PyTuple_Check(raw)) {
-    return nb::borrow(index < PyTuple_GET_SIZE(raw) ? PyTuple_GET_ITEM(raw, index) : nullptr);
-  }
-  return nb::object();
-}
-
-bool is_sequence(nb::handle object) {
-  return PyList_Check(object.ptr()) || PyTuple_Check(object.ptr());
-}
-
-Py_ssize_t length_of(nb::handle sequence) {
-  return PyList_Check(sequence.ptr()) ? PyList_GET_SIZE(sequence.ptr())
-                                      : PyTuple_GET_SIZE(sequence.ptr());
-}
-
-// Parameterless layers leave empty containers, which need no counterpart in the other trees.
-bool has_leaves(nb::handle tree) {
-  if (PyDict_Check(tree.ptr())) {
-    for (auto [key, value] : nb::borrow<nb::dict>(tree)) {
-      if (has_leaves(value)) {
-        return true;
-      }
-    }
-    return false;
-  }
-  if (is_sequence(tree)) {
-    for (Py_ssize_t i = 0; i < length_of(tree); ++i) {
-      if (has_leaves(item_of(tree, i))) {
-        return true;
-      }
-    }
-    return false;
-  }
-  return true;
-}
-
 class Collector {
  public:
   explicit Collector(const Layout& layout) : layout_(layout), array_type_(nb::type<mx::array>()) {
@@ -114,91 +163,84 @@ class Collector {
     result.gradients.reserve(layout.leaves().size());
   }
 
-  void visit(nb::handle skeleton, nb::handle gradient, nb::handle parameter, const Path* path) {
-    if (gradient.type().is(array_type_)) {
-      visit_leaf(skeleton, gradient, parameter, path);
-    } else if (PyDict_Check(gradient.ptr())) {
-      if (nb::len(nb::borrow<nb::dict>(gradient)) > 0 && !PyDict_Check(parameter.ptr())) {
-        fail(path, "the gradients hold a dict here, the parameters " + python_type_name(parameter));
+  void collect(nb::object skeleton, nb::handle gradient, nb::object parameter) {
+    visit(std::move(skeleton), gradient, std::move(parameter));
+    while (!walk_.is_done()) {
+      nb::object child = walk_.next();
+      if (child.is_valid()) {
+        const Others& others = others_.back();
+        visit(walk_.counterpart(others.skeleton), child, walk_.counterpart(others.parameter));
+      } else {
+        walk_.leave();
+        others_.pop_back();
       }
-      PyObject *key, *value;
-      Py_ssize_t position = 0;
-      while (PyDict_Next(gradient.ptr(), &position, &key, &value)) {
-        Path here{path, key, 0};
-        visit_child(
-            PyDict_Check(skeleton.ptr()) ? item_of(skeleton, nb::handle(key)) : nb::object(),
-            value,
-            item_of(parameter, nb::handle(key)),
-            &here);
-      }
-    } else if (is_sequence(gradient)) {
-      for (Py_ssize_t i = 0; i < length_of(gradient); ++i) {
-        Path here{path, nb::handle(), i};
-        nb::object value = item_of(gradient, i);
-        visit_child(item_of(skeleton, i), value, item_of(parameter, i), &here);
-      }
-    } else {
-      throw nb::type_error((name_of(path) + ": a gradient should be an mlx.core.array, found " +
-                            python_type_name(gradient))
-                               .c_str());
     }
   }
 
   GivenLeaves result;
 
  private:
-  void visit_child(
-      const nb::object& skeleton,
-      nb::handle gradient,
-      const nb::object& parameter,
-      const Path* path) {
-    if (parameter.is_valid() && skeleton.is_valid()) {
-      visit(skeleton, gradient, parameter, path);
-    } else if (has_leaves(gradient)) {
-      if (!parameter.is_valid()) {
-        fail(path, "there is a gradient but no parameter of this name");
+  // What the other trees hold where the gradients have a container. Null where they have nothing:
+  // layers without parameters leave empty containers, which need no counterpart.
+  struct Others {
+    nb::object skeleton;
+    nb::object parameter;
+  };
+
+  void visit(nb::object skeleton, nb::handle gradient, nb::object parameter) {
+    if (gradient.type().is(array_type_)) {
+      visit_leaf(skeleton, gradient, parameter);
+    } else if (PyDict_Check(gradient.ptr()) || is_sequence(gradient)) {
+      if (PyDict_Check(gradient.ptr()) && PyDict_GET_SIZE(gradient.ptr()) > 0 &&
+          parameter.is_valid() && !PyDict_Check(parameter.ptr())) {
+        walk_.fail("the gradients hold a dict here, the parameters " + python_type_name(parameter));
       }
-      fail(
-          path,
-          "there is no optimizer state for this parameter; call "
-          "optimizer.init(model.trainable_parameters()) after adding parameters");
+      walk_.enter(gradient);
+      others_.push_back({std::move(skeleton), std::move(parameter)});
+    } else {
+      walk_.fail_type(
+          "a gradient should be an mlx.core.array, found " + python_type_name(gradient));
     }
   }
 
-  void visit_leaf(
-      nb::handle skeleton, nb::handle gradient, nb::handle parameter, const Path* path) {
+  void visit_leaf(nb::handle skeleton, nb::handle gradient, nb::handle parameter) {
+    if (!parameter.is_valid()) {
+      walk_.fail("there is a gradient but no parameter of this name");
+    }
     if (!parameter.type().is(array_type_)) {
-      throw nb::type_error((name_of(path) + ": a parameter should be an mlx.core.array, found " +
-                            python_type_name(parameter))
-                               .c_str());
+      walk_.fail_type(
+          "a parameter should be an mlx.core.array, found " + python_type_name(parameter));
+    }
+    const auto& p = *nb::inst_ptr<mx::array>(parameter);
+    const auto& g = *nb::inst_ptr<mx::array>(gradient);
+    check_dtype("parameter", p.dtype());
+    if (!skeleton.is_valid() ||
+        (PyDict_Check(skeleton.ptr()) && PyDict_GET_SIZE(skeleton.ptr()) == 0)) {
+      walk_.fail(
+          "there is no optimizer state for this parameter; call "
+          "optimizer.init(model.trainable_parameters()) after adding parameters");
     }
     if (!PyLong_Check(skeleton.ptr())) {
-      fail(path, "the optimizer was initialised with a subtree here, not with an array");
+      walk_.fail("the optimizer was initialised with a subtree here, not with an array");
     }
     size_t index = PyLong_AsSize_t(skeleton.ptr());
     const Leaf& leaf = layout_.leaves().at(index);
-    const auto& p = *nb::inst_ptr<mx::array>(parameter);
-    const auto& g = *nb::inst_ptr<mx::array>(gradient);
     if (g.shape() != p.shape()) {
-      fail(path, "gradient " + str(g.shape()) + " does not match parameter " + str(p.shape()));
+      walk_.fail("gradient " + str(g.shape()) + " does not match parameter " + str(p.shape()));
     }
     if (p.shape() != leaf.shape) {
-      fail(
-          path,
+      walk_.fail(
           "parameter " + str(p.shape()) + " does not match the shape " + str(leaf.shape) +
-              " that the optimizer was initialised with");
+          " that the optimizer was initialised with");
     }
-    check_dtype("parameter", p.dtype(), path);
-    check_dtype("gradient", g.dtype(), path);
+    check_dtype("gradient", g.dtype());
     if (p.dtype() != leaf.dtype) {
       // Another layout would be fixed into the trace, but not made again when the trace is
       // replayed.
       if (p.is_tracer()) {
-        fail(
-            path,
+        walk_.fail(
             "the parameter is " + str(p.dtype()) + " but the optimizer was initialised with " +
-                str(leaf.dtype) +
-                "; call optimizer.init(parameters) outside the compiled function");
+            str(leaf.dtype) + "; call optimizer.init(parameters) outside the compiled function");
       }
       result.dtype_changed = true;
     }
@@ -207,16 +249,18 @@ class Collector {
     result.gradients.push_back(g);
   }
 
-  void check_dtype(const char* what, mx::Dtype dtype, const Path* path) {
+  void check_dtype(const char* what, mx::Dtype dtype) {
     if (!is_supported(dtype)) {
-      throw nb::type_error((name_of(path) + ": " + what + " has dtype " + str(dtype) +
-                            "; float32, float16 and bfloat16 are supported")
-                               .c_str());
+      walk_.fail_type(
+          std::string(what) + " has dtype " + str(dtype) +
+          "; float32, float16 and bfloat16 are supported");
     }
   }
 
   const Layout& layout_;
   nb::handle array_type_;
+  Walk walk_;
+  std::vector<Others> others_;
 };
 
 class Rebuilder {
@@ -225,38 +269,67 @@ class Rebuilder {
       : values_(std::move(values)), array_type_(nb::type<mx::array>()) {
   }
 
-  nb::object visit(nb::handle tree) {
-    if (tree.type().is(array_type_)) {
-      return nb::cast(std::move(values_.at(next_++)));
-    }
-    if (PyDict_Check(tree.ptr())) {
-      // A copy has room for all keys; a dict that grows as they come is moved several times.
-      nb::object result = PyDict_CheckExact(tree.ptr()) ? nb::steal(PyDict_Copy(tree.ptr()))
-                                                        : nb::object(nb::dict());
-      PyObject *key, *value;
-      Py_ssize_t position = 0;
-      while (PyDict_Next(tree.ptr(), &position, &key, &value)) {
-        if (PyDict_SetItem(result.ptr(), key, visit(value).ptr()) != 0) {
-          throw nb::python_error();
+  nb::object rebuild(nb::handle tree) {
+    nb::object made = start(tree);
+    while (!walk_.is_done()) {
+      nb::object child = walk_.next();
+      if (!child.is_valid()) {
+        made = finish(walk_.leave(), std::move(containers_.back()));
+        containers_.pop_back();
+      } else {
+        size_t depth = containers_.size();
+        made = start(child);
+        if (containers_.size() > depth) {
+          continue;
         }
       }
-      return result;
+      if (!walk_.is_done()) {
+        put(made);
+      }
     }
-    nb::list items;
-    for (Py_ssize_t i = 0; i < length_of(tree); ++i) {
-      items.append(visit(item_of(tree, i)));
-    }
-    if (PyList_CheckExact(tree.ptr())) {
-      return items;
-    }
-    nb::handle type = tree.type();
-    return nb::hasattr(type, "_fields") ? type(*items) : type(items);
+    return made;
   }
 
  private:
+  // A leaf's value; or null, and a new container for what comes next.
+  nb::object start(nb::handle node) {
+    if (node.type().is(array_type_)) {
+      return nb::cast(std::move(values_.at(next_++)));
+    }
+    walk_.enter(node);
+    if (!PyDict_Check(node.ptr())) {
+      containers_.push_back(nb::list());
+    } else if (PyDict_CheckExact(node.ptr())) {
+      // A copy has room for all keys; a dict that grows as they come is moved several times.
+      containers_.push_back(nb::steal(PyDict_Copy(node.ptr())));
+    } else {
+      containers_.push_back(nb::dict());
+    }
+    return nb::object();
+  }
+
+  nb::object finish(nb::handle original, nb::object made) {
+    if (PyDict_Check(original.ptr()) || PyList_CheckExact(original.ptr())) {
+      return made;
+    }
+    nb::handle type = original.type();
+    return nb::hasattr(type, "_fields") ? type(*nb::borrow<nb::list>(made)) : type(made);
+  }
+
+  void put(nb::handle value) {
+    PyObject* container = containers_.back().ptr();
+    int failed = walk_.key().is_valid() ? PyDict_SetItem(container, walk_.key().ptr(), value.ptr())
+                                        : PyList_Append(container, value.ptr());
+    if (failed) {
+      throw nb::python_error();
+    }
+  }
+
   std::vector<mx::array> values_;
   size_t next_{0};
   nb::handle array_type_;
+  Walk walk_;
+  std::vector<nb::object> containers_;
 };
 
 }  // namespace
@@ -264,12 +337,12 @@ class Rebuilder {
 GivenLeaves collect_leaves(
     const Layout& layout, nb::handle skeleton, nb::handle gradients, nb::handle parameters) {
   Collector collector(layout);
-  collector.visit(skeleton, gradients, parameters, nullptr);
+  collector.collect(nb::borrow(skeleton), gradients, nb::borrow(parameters));
   return std::move(collector.result);
 }
 
 nb::object rebuild_tree(nb::handle gradients, std::vector<mx::array> values) {
-  return Rebuilder(std::move(values)).visit(gradients);
+  return Rebuilder(std::move(values)).rebuild(gradients);
 }
 
 }  // namespace flatstep

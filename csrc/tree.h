@@ -14,6 +14,10 @@ namespace flatstep {
 
 namespace nb = nanobind;
 
+// How many containers may lie in one another, here and in Python. MLX's own functions recurse, and
+// reach some 200 to 600.
+inline constexpr size_t kMaxTreeDepth = 1000;
+
 // The leaves that a step was given, in the order of the gradient tree.
 struct GivenLeaves {
   std::vector<size_t> leaves;

@@ -51,7 +51,9 @@ class Layout:
     def bucket_blocks(self) -> list[int]:
         """The length of each bucket in blocks of 64 elements."""
 
-def are_flat(layout: Layout, skeleton: object, parameters: object) -> bool: ...
+def are_flat(layout: Layout, skeleton: object, parameters: object) -> bool:
+    """Whether the parameters lie in their buckets, once they are evaluated."""
+
 def reuse_counters() -> dict[str, int]:
     """
     How often a bucket's buffer was written in place, and how often to fresh memory.
@@ -69,6 +71,11 @@ def floor_pass(p: mlx.core.array, g: mlx.core.array, state: Sequence[mlx.core.ar
     """
     Moves the bytes of a step, with next to no arithmetic: the time that memory allows.
     """
+
+MAX_TREE_DEPTH: int = 1000
+
+def is_tracing() -> bool:
+    """True while a function is traced."""
 
 def step(
     layout: Layout,

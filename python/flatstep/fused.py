@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
 from . import _ext
@@ -11,7 +12,8 @@ from .checks import as_learning_rate, as_step
 from .layout import FLOATING, Layout, Segment, name_of, unsupported
 from .schedulers import plain_schedule
 from .state import State
-from .trees import arrays_of, matching_part
+from .trees import matching_part
+from .walk import plain
 
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
 
@@ -67,12 +69,13 @@ class FusedOptimizer(Optimizer):
         were added, or after a state was loaded.
 
         Args:
-            parameters (dict): A Python tree of parameters: float32, float16 or bfloat16 arrays in
-              dicts, lists and tuples, or an ``mlx.nn.Module``.
+            parameters (dict): A Python tree of parameters: arrays in dicts, lists and tuples, or an
+              ``mlx.nn.Module``. Those that are not float32, float16 or bfloat16, such as quantized
+              weights, get no state, and a step takes no gradient for them.
 
         Raises:
-            TypeError: a parameter is not an array, or has another dtype; the message names it.
-            ValueError: state that was loaded has another shape than its parameter.
+            TypeError: a parameter is not an array; the message names it.
+            ValueError: state that was loaded does not fit the parameters; the message names where.
 
         Source: ``mlx.optimizers.Optimizer.init``.
 
@@ -193,7 +196,7 @@ class FusedOptimizer(Optimizer):
                 f"state of an optimizer that keeps {', '.join(layout.slots)} was set on "
                 f"{type(self).__name__}, which keeps {', '.join(self.slots)}"
             )
-        self._state = adopted
+        self._state = adopted.in_dtype(self._state_dtype) if layout else adopted
         self._initialized = layout is not None
 
     @property
@@ -232,8 +235,9 @@ class FusedOptimizer(Optimizer):
         layout = self._state.layout if isinstance(self._state, State) else None
         if layout is None:
             return False
-        mx.eval(parameters)
-        return _ext.are_flat(layout.engine, layout.skeleton, arrays_of(parameters))
+        if isinstance(parameters, Module):
+            parameters = parameters.parameters()
+        return _ext.are_flat(layout.engine, layout.skeleton, parameters)
 
     def flat_update(
         self,
@@ -388,4 +392,4 @@ class FusedOptimizer(Optimizer):
 
     def _plain_state(self) -> Any:
         """The state as MLX's own loop wants it: nothing flat."""
-        return State(self._state._tree()) if isinstance(self._state, State) else self._state
+        return State(plain(self._state)) if isinstance(self._state, State) else self._state

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext
+from .walk import CONTAINERS, Keys, children
 
 # Small enough that gradients are freed while the backward pass goes on: with 32 MiB the peak of a
 # whole step is above that of mlx.optimizers, with 4 MiB below it. Large enough that the cost of a
@@ -33,7 +34,7 @@ class Segment(NamedTuple):
 class LeafSpec(NamedTuple):
     """A leaf of the tree: the keys that lead to it, and what its parameter looks like."""
 
-    keys: tuple[Any, ...]
+    keys: Keys
     shape: tuple[int, ...]
     dtype: mx.Dtype
 
@@ -72,7 +73,7 @@ class Layout:
                 "slots": self.slots,
                 "bucket_bytes": bucket_bytes,
                 "leaves": [(leaf.shape, name_of(leaf.dtype)) for leaf in self.leaves],
-                "tree": _to_json(skeleton),
+                "tree": _to_tokens(skeleton),
             }
         )
 
@@ -80,9 +81,8 @@ class Layout:
     def from_text(cls, text: str) -> "Layout":
         """Reads what ``text`` holds."""
         data = json.loads(text)
-        skeleton = _from_json(data["tree"])
-        keys: dict[int, tuple[Any, ...]] = {}
-        _find_keys(skeleton, (), keys)
+        skeleton = _from_tokens(data["tree"])
+        keys = _keys_of_leaves(skeleton)
         leaves = [
             LeafSpec(keys[i], tuple(shape), getattr(mx, dtype))
             for i, (shape, dtype) in enumerate(data["leaves"])
@@ -102,17 +102,16 @@ class Layout:
         bucket, offset = self.places[number]
         return _ext.views(flat[bucket], [(list(self.leaves[number].shape), offset)])[0]
 
-    def write_leaf(self, flat: list[mx.array], number: int, value: mx.array) -> None:
-        """Replaces leaf ``number`` in one slot's flat arrays."""
+    def write_leaf(self, flat: list[mx.array], number: int, value: mx.array | None) -> None:
+        """Replaces leaf ``number`` in one slot's flat arrays; None is zero."""
         bucket, offset = self.places[number]
-        size = _size(self.leaves[number].shape)
         old = flat[bucket]
-        first, blocks = offset // BLOCK, -(-size // BLOCK)
-        if size:
+        new = self._in_blocks(value, number, old.dtype)
+        if new.shape[0]:
             flat[bucket] = (
-                mx.slice_update(old, in_blocks(value.astype(old.dtype)), mx.array([first]), [0])
-                if blocks < old.shape[0]
-                else in_blocks(value.astype(old.dtype))
+                mx.slice_update(old, new, mx.array([offset // BLOCK]), [0])
+                if new.shape[0] < old.shape[0]
+                else new
             )
 
     def pack(self, values: Sequence[Any], dtype: mx.Dtype) -> list[mx.array]:
@@ -126,16 +125,14 @@ class Layout:
                 # One element until a step writes it; mx.zeros takes its full size when evaluated.
                 flat.append(mx.broadcast_to(mx.array(0, dtype), shape))
                 continue
-            parts = []
-            for number in numbers:
-                value = values[number]
-                if value is None:
-                    blocks = -(-_size(self.leaves[number].shape) // BLOCK)
-                    parts.append(mx.zeros((blocks, BLOCK), dtype))
-                else:
-                    parts.append(in_blocks(value.astype(dtype)))
+            parts = [self._in_blocks(values[number], number, dtype) for number in numbers]
             flat.append(mx.concatenate(parts))
         return flat
+
+    def _in_blocks(self, value: mx.array | None, number: int, dtype: mx.Dtype) -> mx.array:
+        if value is None:
+            return mx.zeros((-(-_size(self.leaves[number].shape) // BLOCK), BLOCK), dtype)
+        return in_blocks(value.astype(dtype))
 
 
 def in_blocks(value: mx.array) -> mx.array:
@@ -168,30 +165,49 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def _to_json(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _to_json(child) for key, child in node.items()}
-    if isinstance(node, (list, tuple)):
-        return ["list" if isinstance(node, list) else "tuple", [_to_json(child) for child in node]]
-    return node
+def _to_tokens(skeleton: Any) -> list[Any]:
+    """A skeleton from the root, each container as its names or its length before what it holds.
+
+    Without nesting: JSON is read and written by functions that call themselves.
+    """
+    tokens: list[Any] = []
+    todo = [skeleton]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict):
+            tokens.append({"dict": list(node)})
+            todo += reversed(node.values())
+        elif isinstance(node, (list, tuple)):
+            tokens.append({type(node).__name__: len(node)})
+            todo += reversed(node)
+        else:
+            tokens.append(node)
+    return tokens
 
 
-def _from_json(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _from_json(child) for key, child in node.items()}
-    if isinstance(node, list):
-        kind, children = node
-        items = [_from_json(child) for child in children]
-        return items if kind == "list" else tuple(items)
-    return node
+def _from_tokens(tokens: Sequence[Any]) -> Any:
+    made: list[Any] = []
+    for token in reversed(tokens):
+        if isinstance(token, int):
+            made.append(token)
+            continue
+        ((kind, shape),) = token.items()
+        items = [made.pop() for _ in range(len(shape) if kind == "dict" else shape)]
+        if kind == "dict":
+            made.append(dict(zip(shape, items, strict=True)))
+        else:
+            made.append(items if kind == "list" else tuple(items))
+    (skeleton,) = made
+    return skeleton
 
 
-def _find_keys(node: Any, keys: tuple[Any, ...], found: dict[int, tuple[Any, ...]]) -> None:
-    if isinstance(node, dict):
-        for key, child in node.items():
-            _find_keys(child, (*keys, key), found)
-    elif isinstance(node, (list, tuple)):
-        for i, child in enumerate(node):
-            _find_keys(child, (*keys, i), found)
-    else:
-        found[node] = keys
+def _keys_of_leaves(skeleton: Any) -> dict[int, Keys]:
+    found: dict[int, Keys] = {}
+    todo: list[tuple[Keys, Any]] = [((), skeleton)]
+    while todo:
+        keys, node = todo.pop()
+        if isinstance(node, CONTAINERS):
+            todo += [((*keys, key), child) for key, child in children(node)]
+        else:
+            found[node] = keys
+    return found

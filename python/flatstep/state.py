@@ -12,22 +12,31 @@ arrays: storage and interface are then the same, those of a plain dict.
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 
+from . import _ext
 from .checks import as_learning_rate, as_step
 from .layout import BUCKET_BYTES, Layout
-from .state_nodes import detached, make_node, write_subtree
-from .trees import FLAT_KEY, merge_trees, trees_equal
+from .live import LiveMapping
+from .state_nodes import assign, node_at, refill
+from .trees import FLAT_KEY, merge_trees
+from .walk import check_depth, plain
 
 LAYOUT_KEY = "layout"
 
 
-class State(dict[Any, Any]):
+class State(LiveMapping):
     """The ``state`` of a flatstep optimizer; use it as the dict that ``mlx.optimizers`` has."""
 
     # The layout that the reserved entry's text describes, read once.
     _known_layout: Layout | None = None
+    replaced = 0
+
+    def __init__(self, *items: Any):
+        dict.__init__(self, *items)
+        self.filled: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
     @classmethod
     def adopt(cls, value: Any) -> Any:
@@ -35,9 +44,8 @@ class State(dict[Any, Any]):
         plain dict with the reserved key that a compiled function returns."""
         if isinstance(value, cls) or not isinstance(value, dict):
             return value
-        state = cls()
-        for key, item in value.items():
-            dict.__setitem__(state, key, item)
+        _check_tree(value)
+        state = cls(value)
         if FLAT_KEY in value:
             state._known_layout = _checked_flat(value[FLAT_KEY])
             dict.__setitem__(state, FLAT_KEY, _copied(value[FLAT_KEY]))
@@ -71,6 +79,20 @@ class State(dict[Any, Any]):
         dict.update(self, {**scalars, FLAT_KEY: {LAYOUT_KEY: layout.text, **arrays}})
         for key in layout.skeleton:
             dict.pop(self, key, None)
+        refill(self)
+
+    def in_dtype(self, dtype: mx.Dtype) -> "State":
+        """This state itself, or a copy whose flat arrays are of another dtype."""
+        layout = self.layout
+        if layout is None:
+            return self
+        flat = {slot: self.flat_arrays(slot) for slot in layout.slots}
+        if all(array.dtype == dtype for arrays in flat.values() for array in arrays):
+            return self
+        state = State(dict.items(self))
+        cast = {slot: [array.astype(dtype) for array in flat[slot]] for slot in flat}
+        state.commit(layout, cast, {})
+        return state
 
     def make_flat(
         self, parameters: Any, slots: Sequence[str], dtype: mx.Dtype
@@ -79,21 +101,12 @@ class State(dict[Any, Any]):
 
         Nothing is changed: the caller hands the result to ``commit``.
         """
-        known = {leaf.keys: leaf.dtype for leaf in self.layout.leaves} if self.layout else {}
-        skeleton, leaves, values = merge_trees(self._tree(), parameters, slots, known)
+        skeleton, leaves, values = merge_trees(self, parameters, slots, self.layout)
         layout = Layout(skeleton, leaves, slots, BUCKET_BYTES)
         arrays = {
             slot: layout.pack([value[i] for value in values], dtype) for i, slot in enumerate(slots)
         }
         return layout, arrays
-
-    def _tree(self) -> dict[Any, Any]:
-        """The tree as plain dicts, lists and tuples, with the leaves as views."""
-        layout = self.layout
-        raw = {k: v for k, v in dict.items(self) if k != FLAT_KEY}
-        if layout is None:
-            return raw
-        return {**raw, **{k: detached(make_node(self, c, k)) for k, c in layout.skeleton.items()}}
 
     # ---- The dict that users see ----
 
@@ -101,29 +114,30 @@ class State(dict[Any, Any]):
         layout = self.layout
         return layout.skeleton if layout else {}
 
-    def __getitem__(self, key: Any) -> Any:
+    def _write(self, items: dict[Any, Any]) -> None:
         skeleton = self._skeleton()
-        return (
-            make_node(self, skeleton[key], str(key))
-            if key in skeleton
-            else dict.__getitem__(self, key)
-        )
+        inner = {key: value for key, value in items.items() if key in skeleton}
+        outer = {key: _checked(key, value) for key, value in items.items() if key not in skeleton}
+        if inner:
+            assign(self, (), skeleton, inner)
+        dict.update(self, outer)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        skeleton = self._skeleton()
-        if key in skeleton:
-            write_subtree(self, skeleton[key], value, str(key))
-        else:
-            dict.__setitem__(self, key, _checked(key, value))
+    def __getitem__(self, key: Any) -> Any:
+        layout = self.layout
+        if layout is not None and key in layout.skeleton:
+            return node_at(self, layout, (key,), layout.skeleton[key])
+        if key == FLAT_KEY:
+            raise KeyError(key)
+        return dict.__getitem__(self, key)
 
     def __delitem__(self, key: Any) -> None:
-        if dict.__contains__(self, key) and key != FLAT_KEY:
+        if key not in self:
+            raise KeyError(key)
+        if dict.__contains__(self, key):
             dict.__delitem__(self, key)
             return
-        if key not in self._skeleton():
-            raise KeyError(key)
         # No flat arrays can leave a leaf out: go back to a plain tree, as before `init`.
-        tree = self._tree()
+        tree = plain(self)
         del tree[key]
         dict.clear(self)
         dict.update(self, tree)
@@ -132,84 +146,44 @@ class State(dict[Any, Any]):
         return (dict.__contains__(self, key) and key != FLAT_KEY) or key in self._skeleton()
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.keys())
+        own: list[Any] = [*dict.__iter__(self)]
+        own = [key for key in own if key != FLAT_KEY]
+        return iter([*own, *self._skeleton()])
 
     def __len__(self) -> int:
-        return len(self.keys())
-
-    def __eq__(self, other: object) -> bool:
-        return trees_equal(self, other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        return repr(dict(self.items()))
-
-    def __or__(self, other: Any) -> Any:
-        return {**self.copy(), **other}
-
-    def __ior__(self, other: Any) -> "State":
-        self.update(other)
-        return self
-
-    def __reversed__(self) -> Iterator[Any]:
-        return iter(list(self.keys())[::-1])
+        return dict.__len__(self) - dict.__contains__(self, FLAT_KEY) + len(self._skeleton())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        storage = dict(dict.items(self))
+        storage: dict[Any, Any] = dict(dict.items(self))
         if FLAT_KEY in storage:
             storage[FLAT_KEY] = _copied(storage[FLAT_KEY])
         return State.adopt, (storage,)
 
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401
-
-    def keys(self) -> Any:
-        raw = {k: None for k in dict.keys(self) if k != FLAT_KEY}
-        return {**raw, **self._skeleton()}.keys()
-
-    def items(self) -> Any:
-        return {k: self[k] for k in self.keys()}.items()
-
-    def values(self) -> Any:
-        return {k: self[k] for k in self.keys()}.values()
-
-    def copy(self) -> dict[Any, Any]:
-        return dict(self.items())
-
-    def setdefault(self, key: Any, default: Any = None) -> Any:
-        if key not in self:
-            self[key] = default
-        return self[key]
-
-    def update(self, *others: Any, **items: Any) -> None:
-        for key, value in dict(*others, **items).items():
-            self[key] = value
-
     def pop(self, key: Any, *default: Any) -> Any:
-        if key not in self:
-            if default:
-                return default[0]
-            raise KeyError(key)
-        value = detached(self[key])
+        if key not in self and default:
+            return default[0]
+        value = plain(self[key])
         del self[key]
         return value
-
-    def popitem(self) -> tuple[Any, Any]:
-        if not len(self):
-            raise KeyError("popitem(): dictionary is empty")
-        key = list(self.keys())[-1]
-        return key, self.pop(key)
 
 
 def _checked(key: Any, value: Any) -> Any:
     """``step`` and ``learning_rate`` as the kernels read them; any other entry as it is."""
+    if key == FLAT_KEY:
+        raise ValueError(
+            f"{FLAT_KEY!r} is the flat state itself; assign the whole dict to optimizer.state"
+        )
     if key == "step":
         return as_step(value)
-    return as_learning_rate(value) if key == "learning_rate" else value
+    if key == "learning_rate":
+        return as_learning_rate(value)
+    _check_tree({key: value})
+    return value
+
+
+def _check_tree(tree: Any) -> None:
+    # A level more than parameters have: a leaf's state is a dict.
+    check_depth("state", tree, _ext.MAX_TREE_DEPTH + 1)
 
 
 def _copied(flat: dict[str, Any]) -> dict[str, Any]:

@@ -1,223 +1,324 @@
-"""What a user sees inside ``optimizer.state``: dicts and lists that read and write flat arrays."""
+"""What a user sees inside ``optimizer.state``: dicts, lists and tuples that hold nothing.
+
+Each question in Python is answered from the flat arrays as they are then, and each assignment
+writes them, so that a node which somebody keeps is as MLX's own dict would be, and no array is held
+by it. MLX's C++ functions read the storage underneath instead. There they find nothing that they
+take; only while a function is traced, when a node may be what it returns, is the storage filled.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 
-from .trees import check_leaf_state, trees_equal
+from . import _ext
+from .layout import Layout
+from .live import LiveMapping, MixinList
+from .trees import check_leaf_state, leaf_values
+from .walk import CONTAINERS, Inner, Keys, build, children, path_of, plain, shown, trees_equal
 
-if TYPE_CHECKING:
-    from .layout import Layout
-    from .state import State
+
+class FlatState(Protocol):
+    """What nodes need of the state that they are a part of."""
+
+    replaced: int  # how often an assignment has replaced something
+    filled: WeakValueDictionary[int, Any]  # the leaves whose storage a trace may return
+
+    @property
+    def layout(self) -> Layout | None: ...
+
+    def flat_arrays(self, slot: str) -> list[mx.array]: ...
 
 
-class Node(dict[Any, Any]):
-    """A dict inside the tree: a leaf's slots, or names that lead to leaves.
+class LiveStateNeedsACopy:
+    """What MLX finds in a node outside of a trace, and names when it refuses it as an argument."""
 
-    What it holds as a dict are the views at the time when it was last asked for something; every
-    question in Python is answered from the state as it is then, as MLX's own dicts would.
-    """
 
-    def __init__(self, state: State, skeleton: Any, path: str):
-        self._state = state
-        self._path = path
-        self._place = skeleton
-        self._refresh()
+class Node:
+    """A place in the tree of a state, by the keys that lead there."""
 
-    def _refresh(self) -> None:
-        dict.clear(self)
-        if isinstance(self._place, dict):
-            for key, child in self._place.items():
-                dict.__setitem__(self, key, make_node(self._state, child, f"{self._path}.{key}"))
-            return
+    plain_type: Any
+
+    _state: FlatState
+    _keys: Keys
+    _layout: Layout
+    _place: Any  # in the layout's skeleton
+    _replaced: int  # what the state's `replaced` was
+    _is_filled: bool
+
+    def __new__(cls, *items: Any, **named: Any) -> Any:
+        # MLX's tree functions call the type of a container to make another one.
+        return cls.plain_type(*items, **named)
+
+    @classmethod
+    def make(
+        cls, state: FlatState, layout: Layout, keys: Keys, place: Any, filling: Any = None
+    ) -> Any:
+        node: Any = cls._holding(filling)
+        node._state, node._layout, node._keys, node._place = state, layout, keys, place
+        node._replaced, node._is_filled = state.replaced, filling is not None
+        return node
+
+    @classmethod
+    def _holding(cls, filling: Any) -> Any:
+        """A node with this in its storage."""
+        raise NotImplementedError
+
+    def _here(self) -> Any:
+        """The place in the layout that the state has now."""
         layout = self._state.layout
-        if layout is not None:
-            for slot in layout.slots:
-                view = layout.leaf_view(self._state.flat_arrays(slot), self._place)
-                dict.__setitem__(self, slot, view)
+        if layout is not self._layout:
+            place: Any = layout.skeleton if layout else {}
+            try:
+                for key in self._keys:
+                    place = place[key]
+                fits = KINDS[type(place)] is type(self)
+            except (KeyError, IndexError, TypeError):
+                fits = False
+            if layout is None or not fits:
+                raise ValueError(
+                    f"{path_of(self._keys)}: the optimizer's state has changed since this part of "
+                    "it was taken; take it from optimizer.state again"
+                )
+            self._layout, self._place, self._is_filled = layout, place, False
+        return self._place
+
+    def _child(self, place: Any, key: Any) -> Any:
+        return node_at(self._state, self._layout, (*self._keys, key), place)
+
+    def _write(self, items: dict[Any, Any]) -> None:
+        assign(self._state, self._keys, self._here(), items)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            f"{path_of(self._keys)}: the parameters decide what an optimizer has state for; assign "
+            "{} to start a part again from zero, or a whole tree to optimizer.state"
+        )
+
+    def __len__(self) -> int:
+        place = self._here()
+        return len(self._layout.slots if isinstance(place, int) else place)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.plain_type, (plain(self),)
+
+
+class LiveDict(Node, LiveMapping):
+    """A leaf's slots, or names that lead to leaves."""
+
+    plain_type = dict
+
+    @classmethod
+    def _holding(cls, filling: Any) -> Any:
+        node = dict.__new__(cls)
+        dict.update(node, {"state": LiveStateNeedsACopy()} if filling is None else filling)
+        return node
 
     def __getitem__(self, key: Any) -> Any:
-        self._refresh()
-        return dict.__getitem__(self, key)
+        place = self._here()
+        if isinstance(place, int):
+            if key not in self._layout.slots:
+                raise KeyError(key)
+            return self._layout.leaf_view(self._state.flat_arrays(key), place)
+        child = place[key]
+        return dict.__getitem__(self, key) if self._is_filled else self._child(child, key)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if isinstance(self._place, dict):
-            if key not in self._place:
-                raise KeyError(
-                    f"{self._path}.{key}: the optimizer was not initialised with this parameter"
-                )
-            write_subtree(self._state, self._place[key], value, f"{self._path}.{key}")
-        else:
-            write_subtree(self._state, self._place, {key: value}, self._path)
-        self._refresh()
+    def __iter__(self) -> Iterator[Any]:
+        place = self._here()
+        return iter(self._layout.slots if isinstance(place, int) else place)
 
-    def get(self, key: Any, default: Any = None) -> Any:
-        self._refresh()
-        return dict.get(self, key, default)
+    def __contains__(self, key: object) -> bool:
+        place = self._here()
+        return key in (self._layout.slots if isinstance(place, int) else place)
 
-    def items(self) -> Any:
-        self._refresh()
-        return dict.items(self)
+    def refill(self) -> None:
+        """Brings the storage of a leaf up to date: see ``FlatState.filled``."""
+        dict.update(self, {slot: self[slot] for slot in self})
 
-    def values(self) -> Any:
-        self._refresh()
-        return dict.values(self)
+    __delitem__ = Node._refuse
 
-    def update(self, *others: Any, **items: Any) -> None:
-        for key, value in dict(*others, **items).items():
-            self[key] = value
 
-    def __ior__(self, other: Any) -> Node:  # type: ignore[misc]
-        self.update(other)
-        return self
+class LiveSequence(Node, Sequence[Any]):
+    """Items that lead to leaves."""
 
-    def setdefault(self, key: Any, default: Any = None) -> Any:
-        if key not in self:
-            self[key] = default
-        return self[key]
+    def __getitem__(self, index: Any) -> Any:
+        place = self._here()
+        if isinstance(index, slice):
+            return self.plain_type(self[i] for i in range(len(place))[index])
+        index = range(len(place))[index]
+        if self._is_filled:
+            return self.plain_type.__getitem__(self, index)
+        return self._child(place[index], index)
 
-    def copy(self) -> dict[Any, Any]:
-        return dict(self.items())
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def copy(self) -> Any:
+        return self.plain_type(self)
+
+    def __add__(self, other: Any) -> Any:
+        return self.plain_type(self) + other
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self.plain_type(self)
+
+    def __mul__(self, times: Any) -> Any:
+        return self.plain_type(self) * times
+
+    __rmul__ = __mul__
 
     def __eq__(self, other: object) -> bool:
-        return trees_equal(self, other)
+        return isinstance(other, self.plain_type) and trees_equal(self, other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return repr(dict(self.items()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (detached(self),)
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise TypeError(
-            "entries of an initialised optimizer's state cannot be removed; assign new values, or "
-            "assign a whole tree to optimizer.state"
-        )
-
-    __delitem__ = pop = popitem = clear = _refuse
+        return repr(plain(self))
 
 
-class NodeList(list[Any]):
-    """A list inside the tree. Its items are live; assigning to one writes the state."""
+class LiveList(LiveSequence, MixinList):
+    plain_type = list
 
-    def __init__(
-        self,
-        items: Iterable[Any] = (),
-        state: State | None = None,
-        place: Sequence[Any] = (),
-        path: str = "",
-    ):
-        super().__init__(items)
-        self._state = state
-        self._place = place
-        self._path = path
+    @classmethod
+    def _holding(cls, filling: Any) -> Any:
+        node = list.__new__(cls)
+        list.extend(node, [LiveStateNeedsACopy()] if filling is None else filling.values())
+        return node
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if self._state is None:
-            super().__setitem__(index, value)
-        else:
-            write_subtree(self._state, self._place[index], value, f"{self._path}.{index}")
+        numbers = range(len(self))[index]
+        values = list(value) if isinstance(index, slice) else [value]
+        numbers = numbers if isinstance(index, slice) else [numbers]
+        if len(numbers) != len(values):
+            self._refuse()
+        self._write(dict(zip(numbers, values, strict=True)))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return list, (detached(self),)
+    def reverse(self) -> None:
+        self[:] = self[::-1]
 
-    def __delitem__(self, index: Any) -> None:
-        self._refuse_if_live()
-        super().__delitem__(index)
-
-    def append(self, item: Any) -> None:
-        self._refuse_if_live()
-        super().append(item)
-
-    def extend(self, items: Iterable[Any]) -> None:
-        self._refuse_if_live()
-        super().extend(items)
-
-    def insert(self, index: Any, item: Any) -> None:
-        self._refuse_if_live()
-        super().insert(index, item)
-
-    def pop(self, index: Any = -1) -> Any:
-        self._refuse_if_live()
-        return super().pop(index)
-
-    def _refuse_if_live(self) -> None:
-        if self._state is not None:
-            raise TypeError(
-                f"{self._path}: the items of an initialised optimizer's state are those of its "
-                "parameters; assign new values to them"
-            )
+    __delitem__ = insert = sort = __imul__ = Node._refuse
 
 
-def make_node(state: State, skeleton: Any, path: str) -> Any:
-    """What a user sees at a place of the tree."""
-    if isinstance(skeleton, (list, tuple)):
-        items = [make_node(state, child, f"{path}.{i}") for i, child in enumerate(skeleton)]
-        return (
-            tuple(items) if isinstance(skeleton, tuple) else NodeList(items, state, skeleton, path)
-        )
-    return Node(state, skeleton, path)
+class LiveTuple(LiveSequence, tuple[Any, ...]):  # type: ignore[misc]
+    plain_type = tuple
+
+    @classmethod
+    def _holding(cls, filling: Any) -> Any:
+        return tuple.__new__(cls, [LiveStateNeedsACopy()] if filling is None else filling.values())
 
 
-def detached(node: Any) -> Any:
-    """A node as plain containers that no later step changes."""
-    if isinstance(node, dict):
-        return {key: detached(child) for key, child in node.items()}
-    if isinstance(node, (list, tuple)):
-        items = [detached(child) for child in node]
-        return items if isinstance(node, list) else tuple(items)
-    return node
+KINDS = {int: LiveDict, dict: LiveDict, list: LiveList, tuple: LiveTuple}
 
 
-def write_subtree(state: State, skeleton: Any, value: Any, path: str) -> None:
-    """Assigns a subtree: every leaf below `skeleton` takes the slots that `value` has for it.
+def node_at(state: FlatState, layout: Layout, keys: Keys, place: Any) -> Any:
+    """What a user sees at a place of the layout's skeleton."""
+    if not _ext.is_tracing():
+        return KINDS[type(place)].make(state, layout, keys, place)
 
-    All of it is checked before any of it is written.
+    def expand(below: Keys, place: Any) -> Any:
+        def make(filling: dict[Any, Any]) -> Any:
+            node = KINDS[type(place)].make(state, layout, (*keys, *below), place, filling)
+            if isinstance(place, int):
+                state.filled[id(node)] = node
+            return node
+
+        if isinstance(place, int):
+            views = {s: layout.leaf_view(state.flat_arrays(s), place) for s in layout.slots}
+            return make(views)
+        return Inner(make, children(place))
+
+    return build(expand, place)
+
+
+def refill(state: FlatState) -> None:
+    """Brings what a trace may return up to date after the state has changed."""
+    if _ext.is_tracing():
+        for node in list(state.filled.values()):
+            node.refill()
+    else:
+        state.filled.clear()
+
+
+def assign(state: FlatState, keys: Keys, place: Any, items: dict[Any, Any]) -> None:
+    """Assigns each item at its key below a place: all of them, or none and an error names the path.
+
+    A subtree's value replaces all of it: what it does not name starts again from zero. The arrays
+    of a leaf may be assigned one by one.
     """
     layout = state.layout
     assert layout is not None
-    for leaf, slot, array in list(_assignments(layout, skeleton, value, path)):
-        layout.write_leaf(state.flat_arrays(slot), leaf, array)
-
-
-def _assignments(
-    layout: Layout, skeleton: Any, value: Any, path: str
-) -> Iterator[tuple[int, str, mx.array]]:
-    """(leaf, slot, array) for each array that `value` assigns. Raises errors that name the path."""
-    if isinstance(skeleton, int):
-        spec = layout.leaves[skeleton]
-        if not isinstance(value, dict):
-            raise TypeError(
-                f"{spec.path}: state should be a dict of arrays, {value!r} was assigned"
-            )
-        for slot, array in value.items():
+    new: list[tuple[int, str, mx.array | None]] = []
+    if isinstance(place, int):
+        for slot, value in items.items():
             if slot not in layout.slots:
-                raise KeyError(
-                    f"{spec.path}.{slot}: this optimizer keeps {', '.join(layout.slots)}"
+                raise ValueError(
+                    f"{path_of((*keys, slot))}: this optimizer keeps {' and '.join(layout.slots)}"
                 )
-            check_leaf_state(f"{spec.path}.{slot}", array, spec.shape)
-            yield skeleton, slot, array
-    elif isinstance(skeleton, dict):
-        if not isinstance(value, dict):
-            raise TypeError(f"{path}: a dict is needed here, {value!r} was assigned")
-        for key, child in value.items():
-            if key not in skeleton:
-                raise KeyError(f"{path}.{key}: the optimizer was not initialised with this name")
-            yield from _assignments(layout, skeleton[key], child, f"{path}.{key}")
+            check_leaf_state((*keys, slot), value, layout.leaves[place].shape)
+            new.append((place, slot, value))
     else:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{path}: a list is needed here, {value!r} was assigned")
-        if len(value) != len(skeleton):
+        for key, value in items.items():
+            if key not in place if isinstance(place, dict) else False:
+                raise _unknown((*keys, key))
+            new += _replacements(state, layout, (*keys, key), place[key], value)
+        state.replaced += 1
+    for number, slot, array in new:
+        layout.write_leaf(state.flat_arrays(slot), number, array)
+    refill(state)
+
+
+def _replacements(
+    state: FlatState, layout: Layout, keys: Keys, place: Any, value: Any
+) -> Iterable[tuple[int, str, mx.array | None]]:
+    """(leaf, slot, array) for all that lies below a place to which a value is assigned."""
+    if isinstance(value, Node) and value._state is state and value._keys == keys:
+        return []  # `node |= ...` writes, and then assigns the node to where it is
+    new: list[tuple[int, str, mx.array | None]] = []
+    todo = [(keys, place, value)]
+    while todo:
+        keys, place, value = todo.pop()
+        if isinstance(value, Node) and value._state is state and value._replaced != state.replaced:
             raise ValueError(
-                f"{path}: {len(value)} items were assigned where there are {len(skeleton)}"
+                f"{path_of(keys)}: {path_of(value._keys)} is assigned here, taken before the last "
+                "assignment; copy it first, with mlx.utils.tree_map(lambda leaf: leaf, ...)"
             )
-        for i, (child, item) in enumerate(zip(skeleton, value, strict=True)):
-            yield from _assignments(layout, child, item, f"{path}.{i}")
+        if isinstance(place, int):
+            values = leaf_values(keys, value, layout.slots, layout.leaves[place].shape)
+            new += zip([place] * len(values), layout.slots, values, strict=True)
+            continue
+        if isinstance(value, CONTAINERS) and not value:
+            todo += [((*keys, key), child, value) for key, child in children(place)]
+        elif isinstance(place, dict):
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{path_of(keys)}: a dict is needed here, {shown(value)} was assigned"
+                )
+            for key in value:
+                if key not in place:
+                    raise _unknown((*keys, key))
+            todo += [((*keys, key), place[key], value.get(key, {})) for key in place]
+        else:
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(
+                    f"{path_of(keys)}: a list is needed here, {shown(value)} was assigned"
+                )
+            if len(value) != len(place):
+                raise ValueError(
+                    f"{path_of(keys)}: {len(value)} items were assigned where there are "
+                    f"{len(place)}"
+                )
+            todo += [((*keys, i), place[i], value[i]) for i in range(len(place))]
+    return new
+
+
+def _unknown(keys: Keys) -> ValueError:
+    return ValueError(
+        f"{path_of(keys)}: the optimizer was not initialised with this name; init makes state for "
+        "new parameters, and a whole tree may be assigned to optimizer.state"
+    )

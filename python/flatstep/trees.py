@@ -1,131 +1,135 @@
-"""Trees of arrays in Python: what a step does once, not at every step."""
+"""Trees of parameters, gradients and state put side by side: not what every step does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
 
-from .layout import FLOATING, LeafSpec, unsupported
+from .layout import FLOATING, Layout, LeafSpec, unsupported
+from .walk import CONTAINERS, Inner, Keys, build, check_depth, children, inner_like, path_of, shown
 
 # Names that a state has at its top beside those of the parameters.
 FLAT_KEY = "__flatstep__"
 RESERVED = ("step", "learning_rate", FLAT_KEY)
-# In place of a parameter that only the state knows.
+# In place of a parameter that only the state knows, or of one that there is not.
 ABSENT = object()
 
 
 def merge_trees(
-    state: Any, parameters: Any, slots: Sequence[str], known: dict[tuple[Any, ...], mx.Dtype]
+    state: dict[Any, Any], parameters: Any, slots: Sequence[str], layout: Layout | None
 ) -> tuple[dict[str, Any], list[LeafSpec], list[list[mx.array | None]]]:
     """The union of a state's tree and a tree of parameters: (skeleton, leaves, state values).
 
     A leaf's dtype and shape are those of its parameter. A leaf that only the state has takes its
-    shape from there, and its dtype from `known`, what is known of the leaves by their keys.
-    Entries of the state at the top that are no leaves' state are left out.
+    shape from there, and its dtype from the state's `layout`. Parameters that no gradient can come
+    for, quantized ones, are no leaves. Entries of the state at the top that are no leaves' state
+    are left out.
     """
+    known = {leaf.keys: leaf.dtype for leaf in layout.leaves} if layout else {}
     leaves: list[LeafSpec] = []
     values: list[list[mx.array | None]] = []
 
-    def add_leaf(keys: tuple[Any, ...], parameter: mx.array | None, held: Any) -> int:
-        held = _checked_leaf_state(keys, held, slots)
-        first = next((held[slot] for slot in slots if slot in held), None)
-        source = parameter if parameter is not None else first
-        assert source is not None
-        dtype = source.dtype if parameter is not None else known.get(keys, source.dtype)
-        spec = LeafSpec(keys, tuple(source.shape), dtype)
-        if source.dtype not in FLOATING:
-            raise unsupported(
-                f"{spec.path}: parameter", source.dtype, "; init takes model.trainable_parameters()"
-            )
-        for slot in held:
-            check_leaf_state(f"{spec.path}.{slot}", held[slot], spec.shape)
-        leaves.append(spec)
-        values.append([held.get(slot) for slot in slots])
+    def leaf(keys: Keys, parameter: mx.array | None, held: Any) -> int:
+        if parameter is None:
+            shape, dtype = next((a.shape, a.dtype) for a in held.values() if is_array(a))
+            dtype = known.get(keys, dtype)
+        else:
+            shape, dtype = parameter.shape, parameter.dtype
+        values.append(leaf_values(keys, held, slots, tuple(shape)))
+        leaves.append(LeafSpec(keys, tuple(shape), dtype))
         return len(leaves) - 1
 
-    def merge(keys: tuple[Any, ...], parameter: Any, held: Any) -> Any:
-        if isinstance(parameter, mx.array):
-            return add_leaf(keys, parameter, held)
-        if parameter is ABSENT and _is_leaf_state(held, slots):
-            return add_leaf(keys, None, held)
+    def expand(keys: Keys, place: tuple[Any, Any]) -> Any:
+        parameter, held = place
+        if is_array(parameter):
+            if parameter.dtype in FLOATING:
+                return leaf(keys, parameter, held)
+            parameter = ABSENT
         kind = held if parameter is ABSENT else parameter
-        if isinstance(kind, dict):
-            return merge_dicts(keys, kind if parameter is not ABSENT else {}, held)
-        if isinstance(kind, (list, tuple)):
-            ours = list(kind) if parameter is not ABSENT else []
-            theirs = list(held) if isinstance(held, (list, tuple)) else []
-            length = max(len(ours), len(theirs))
-            ours += [ABSENT] * (length - len(ours))
-            theirs += [None] * (length - len(theirs))
-            items = [merge((*keys, i), ours[i], theirs[i]) for i in range(length)]
-            return tuple(items) if isinstance(kind, tuple) else items
         if parameter is ABSENT:
-            return {}
-        raise TypeError(
-            f"{'.'.join(map(str, keys))}: a parameter should be an mlx.core.array, found "
-            f"{type(parameter).__name__}"
-        )
-
-    def merge_dicts(keys: tuple[Any, ...], ours: dict[Any, Any], held: Any) -> dict[str, Any]:
-        for key in ours:
-            if not isinstance(key, str):
-                raise TypeError(
-                    f"{'.'.join(map(str, keys)) or 'parameters'}: names should be strings, "
-                    f"{key!r} was found"
+            if isinstance(held, dict) and any(is_array(held.get(slot)) for slot in slots):
+                return leaf(keys, None, held)
+            if not isinstance(held, CONTAINERS):
+                raise ValueError(
+                    f"{path_of(keys)}: state should be dicts of {' and '.join(slots)}, found "
+                    f"{type(held).__name__}; remove it, or assign {{}} there"
                 )
-        theirs = held if isinstance(held, dict) else {}
-        names = [*theirs, *(key for key in ours if key not in theirs)]
-        return {key: merge((*keys, key), ours.get(key, ABSENT), theirs.get(key)) for key in names}
+        elif not isinstance(parameter, CONTAINERS):
+            raise TypeError(
+                f"{path_of(keys)}: a parameter should be an mlx.core.array, found "
+                f"{type(parameter).__name__}"
+            )
+        if not isinstance(held, CONTAINERS) or (
+            held and isinstance(held, dict) != isinstance(kind, dict)
+        ):
+            raise ValueError(
+                f"{path_of(keys)}: the state holds a {type(held).__name__} here, the parameters a "
+                f"{type(kind).__name__}; mlx.utils.tree_unflatten makes lists of numbered names, "
+                "and {} starts again from zero"
+            )
+        if isinstance(kind, dict):
+            return Inner(dict, named(keys, {} if parameter is ABSENT else parameter, held or {}))
+        ours = [] if parameter is ABSENT else list(parameter)
+        if len(held) > len(ours) and parameter is not ABSENT and not known:
+            raise ValueError(
+                f"{path_of(keys)}: the state has {len(held)} items here, the parameters "
+                f"{len(ours)}; remove the others"
+            )
+        length = max(len(ours), len(held))
+        ours += [ABSENT] * (length - len(ours))
+        theirs = [*held, *({} for _ in range(length - len(held)))]
+        make = tuple if isinstance(kind, tuple) else list
+        return Inner(lambda made: make(made.values()), enumerate(zip(ours, theirs, strict=True)))
 
     if not isinstance(parameters, dict):
         raise TypeError(
             f"parameters should be a dict (or a module), {type(parameters).__name__} was provided"
         )
+    check_depth("parameters", parameters)
     for name in RESERVED:
         if name in parameters:
             raise ValueError(f"{name}: a top-level parameter can't have a name of the state's own")
-    inner = {
+    own = layout.skeleton if layout else {}
+    held = {
         key: value
         for key, value in state.items()
-        if key in parameters or (key not in RESERVED and _has_state(value, slots))
+        if key in parameters or key in own or (key not in RESERVED and _has_state(value, slots))
     }
-    return merge((), parameters, inner), leaves, values
+    return build(expand, (parameters, held)), leaves, values
 
 
-def _checked_leaf_state(
-    keys: tuple[Any, ...], held: Any, slots: Sequence[str]
-) -> dict[str, mx.array]:
-    """The arrays that a state has for a leaf: all of the slots, or none."""
-    path = ".".join(map(str, keys))
-    if held is None:
-        return {}
-    if not isinstance(held, dict):
-        raise TypeError(f"{path}: state should be a dict of arrays, found {type(held).__name__}")
-    missing = [slot for slot in slots if slot not in held]
-    if held and missing:
-        raise ValueError(f"{path}: state has {', '.join(held)} but not {', '.join(missing)}")
-    return {slot: held[slot] for slot in slots if held}
+def named(keys: Keys, ours: Any, theirs: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """What parameters and state hold under each name, the state's names first."""
+    for key in [*theirs, *(key for key in ours if key not in theirs)]:
+        if not isinstance(key, str):
+            raise TypeError(
+                f"{path_of(keys) or 'parameters'}: names should be strings, {key!r} was found"
+            )
+        yield key, (ours.get(key, ABSENT), theirs.get(key, {}))
 
 
-def _is_leaf_state(node: Any, slots: Sequence[str]) -> bool:
-    return isinstance(node, dict) and all(isinstance(node.get(slot), mx.array) for slot in slots)
-
-
-def _has_state(node: Any, slots: Sequence[str]) -> bool:
-    """Whether a subtree consists of leaves' state and nothing else."""
-    if isinstance(node, dict):
-        return _is_leaf_state(node, slots) or (
-            bool(node) and all(_has_state(child, slots) for child in node.values())
+def leaf_values(
+    keys: Keys, held: Any, slots: Sequence[str], shape: tuple[int, ...]
+) -> list[mx.array | None]:
+    """A leaf's state, an array for each slot; None, which is zero, for an empty container."""
+    if isinstance(held, CONTAINERS) and not held:
+        return [None] * len(slots)
+    names = list(held) if isinstance(held, dict) else shown(held)
+    if not isinstance(held, dict) or set(names) != set(slots):
+        raise ValueError(
+            f"{path_of(keys)}: state should be a dict of {' and '.join(slots)}, found {names}; "
+            "{} starts again from zero"
         )
-    if isinstance(node, (list, tuple)):
-        return bool(node) and all(_has_state(child, slots) for child in node)
-    return False
+    values = [held[slot] for slot in slots]
+    for slot, value in zip(slots, values, strict=True):
+        check_leaf_state((*keys, slot), value, shape)
+    return values
 
 
-def check_leaf_state(path: str, value: Any, shape: tuple[int, ...]) -> None:
+def check_leaf_state(keys: Keys, value: Any, shape: tuple[int, ...]) -> None:
     """Raises TypeError or ValueError, naming the path, when `value` is not state for `shape`."""
-    if not isinstance(value, mx.array):
+    path = path_of(keys)
+    if not is_array(value):
         raise TypeError(f"{path}: state should be an mlx.core.array, found {type(value).__name__}")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(
@@ -135,58 +139,48 @@ def check_leaf_state(path: str, value: Any, shape: tuple[int, ...]) -> None:
         raise unsupported(f"{path}: state", value.dtype)
 
 
-def trees_equal(a: Any, b: Any) -> bool:
-    """Equality of trees, with arrays equal when their dtypes, shapes and values are."""
-    if isinstance(a, mx.array) and isinstance(b, mx.array):
-        return bool(a.dtype == b.dtype and mx.array_equal(a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(trees_equal(value, b[key]) for key, value in a.items())
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(trees_equal, a, b))
-    return bool(a == b)
-
-
-def matching_part(gradients: Any, parameters: Any, path: str = "") -> Any:
-    """The part of the parameters that the gradients cover."""
-    if isinstance(gradients, mx.array):
-        return parameters
-    if isinstance(gradients, dict):
-        items: Any = gradients.items()
-    elif isinstance(gradients, (list, tuple)):
-        items = enumerate(gradients)
-    else:
-        raise TypeError(
-            f"{path or 'the tree'}: a gradient should be an mlx.core.array, found "
-            f"{type(gradients).__name__}"
-        )
-    result = {}
-    for key, child in items:
-        here = f"{path}.{key}" if path else str(key)
-        try:
-            if not isinstance(parameters, (dict, list, tuple)):
-                raise KeyError(key)
-            parameter = parameters[key]
-        except (KeyError, IndexError, TypeError):
-            if tree_flatten(child):
-                raise ValueError(
-                    f"{here}: there is a gradient but no parameter of this name"
-                ) from None
-            result[key] = child
+def _has_state(tree: Any, slots: Sequence[str]) -> bool:
+    """Whether leaves' state is all that a subtree has for leaves."""
+    check_depth("state", tree)
+    todo, found = [tree], False
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict) and all(is_array(node.get(slot)) for slot in slots):
+            found = True
+        elif isinstance(node, CONTAINERS):
+            todo += [child for _, child in children(node)]
         else:
-            result[key] = matching_part(child, parameter, here)
-    if isinstance(gradients, dict):
-        return result
-    return (
-        type(gradients)(*result.values())
-        if hasattr(gradients, "_fields")
-        else type(gradients)(result.values())
-    )
+            return False
+    return found
 
 
-def arrays_of(parameters: Any) -> Any:
-    """A module as the tree of its parameters; any other tree as it is."""
-    return (
-        parameters.parameters()
-        if hasattr(parameters, "parameters")
-        else tree_map(lambda leaf: leaf, parameters)
-    )
+def is_array(node: Any) -> bool:
+    return isinstance(node, mx.array)
+
+
+def matching_part(gradients: Any, parameters: Any) -> Any:
+    """The part of the parameters that the gradients cover."""
+
+    def expand(keys: Keys, place: tuple[Any, Any]) -> Any:
+        gradient, parameter = place
+        if isinstance(gradient, CONTAINERS):
+            items = ((key, (child, _item(parameter, key))) for key, child in children(gradient))
+            return inner_like(gradient, items)
+        if not is_array(gradient):
+            raise TypeError(
+                f"{path_of(keys) or 'the tree'}: a gradient should be an mlx.core.array, found "
+                f"{type(gradient).__name__}"
+            )
+        if parameter is ABSENT:
+            raise ValueError(f"{path_of(keys)}: there is a gradient but no parameter of this name")
+        return parameter
+
+    check_depth("gradients", gradients)
+    return build(expand, (gradients, parameters))
+
+
+def _item(container: Any, key: Any) -> Any:
+    try:
+        return container[key] if isinstance(container, CONTAINERS) else ABSENT
+    except (KeyError, IndexError, TypeError):
+        return ABSENT
