@@ -50,7 +50,7 @@ Rule make_sgd(double momentum, double weight_decay, double dampening, bool neste
   if (nesterov && (momentum <= 0 || dampening != 0)) {
     throw std::invalid_argument("Nesterov momentum requires a momentum and zero dampening.");
   }
-  Rule rule{RuleKind::sgd, {}};
+  Rule rule{RuleKind::sgd, {}, weight_decay != 0, momentum > 0};
   rule.values.weight_decay = split(weight_decay);
   rule.values.momentum = split(momentum);
   rule.values.one_minus_dampening = split(1.0 - dampening);
@@ -79,7 +79,7 @@ Rule make_adam(
   require(is_zero_or_more(eps), name + " epsilon", eps, "finite and >=0");
   require(std::isfinite(weight_decay), name + " weight_decay", weight_decay, "finite");
 
-  Rule rule{RuleKind::adam, {}};
+  Rule rule{RuleKind::adam, {}, false, false};
   Hyperparameters& h = rule.values;
   h.weight_decay = split(weight_decay);
   h.beta1 = split(betas[0]);
