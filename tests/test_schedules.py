@@ -1,6 +1,7 @@
 """Schedules: the values that MLX documents, float64 at every step, else MLX's behaviour."""
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import mlx.optimizers
 import numpy as np
 import pytest
 from reference import schedule_value, to_float64, ulp
+from shadow import fails
 
 # A schedule is written (name, *arguments): the same row builds ours, MLX's and the reference.
 Spec = Any
@@ -348,6 +350,28 @@ def test_a_wrong_argument_is_the_same_error_as_in_mlx(name: str, arguments: tupl
     with pytest.raises(theirs.type) as ours:
         getattr(flatstep, name)(*arguments)
     assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parts"),
+    [
+        ("linear_schedule", (1e39, 0.1, 5), ("init", "1e+39")),
+        ("linear_schedule", (0.1, -math.inf, 5), ("end", "-inf")),
+        ("linear_schedule", (-3e38, 3e38, 5), ("end - init", "6e+38")),
+        ("cosine_decay", (mx.array(math.nan), 5), ("init", "nan")),
+        ("cosine_decay", (0.1, 5, 1e39), ("end", "1e+39")),
+        ("cosine_decay", (3e38, 5, -3e38), ("end - init", "-6e+38")),
+        ("exponential_decay", (math.inf, 0.9), ("init", "inf")),
+        ("exponential_decay", (0.1, 10**400), ("decay_rate", "inf")),
+        ("step_decay", (0.1, 1e39, 5), ("decay_rate", "1e+39")),
+        ("step_decay", (math.inf, 0.9, 5), ("init", "inf")),
+    ],
+)
+def test_a_rate_that_float32_has_not_is_named(
+    name: str, arguments: tuple[Any, ...], parts: tuple[str, ...]
+) -> None:
+    make = getattr(flatstep, name)
+    fails(lambda: make(*arguments), ValueError, f"{name}: ", "finite in float32", *parts)
 
 
 def test_arguments_have_mlx_names() -> None:

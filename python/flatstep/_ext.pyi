@@ -70,6 +70,11 @@ def floor_pass(p: mlx.core.array, g: mlx.core.array, state: Sequence[mlx.core.ar
     Moves the bytes of a step, with next to no arithmetic: the time that memory allows.
     """
 
+def known_value(array: mlx.core.array) -> float | None:
+    """
+    The value of a floating scalar that is evaluated; None of any other array.
+    """
+
 def step(
     layout: Layout,
     skeleton: object,

@@ -5,7 +5,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from . import _ext
 from .layout import name_of
+
+# The nearest float32 of a number from here on is infinite.
+FLOAT32_LIMIT = 2.0**128 - 2.0**103
 
 
 def as_number(name: str, value: Any) -> float:
@@ -13,24 +17,34 @@ def as_number(name: str, value: Any) -> float:
         if isinstance(value, (str, bytes)):
             raise TypeError
         return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
         raise TypeError(f"{name} should be a number, {value!r} was provided instead") from None
 
 
+def check_finite(name: str, number: float) -> None:
+    """Raises ValueError when a number is NaN or infinite, or would be as a float32."""
+    if not abs(number) < FLOAT32_LIMIT:
+        raise ValueError(f"{name} should be finite in float32, {number} was provided instead")
+
+
 def as_learning_rate(value: Any) -> mx.array:
-    """A float32 scalar, as the kernels read it."""
+    """A float32 scalar, as the kernels read it. An array that is not evaluated is not looked at."""
     if isinstance(value, mx.array):
         if value.size != 1 or value.dtype == mx.complex64:
             raise ValueError(
                 f"learning_rate should be one real number, an array of shape {tuple(value.shape)} "
                 f"and {name_of(value.dtype)} was provided instead"
             )
+        known = _ext.known_value(value)
+        if known is not None:
+            check_finite("learning_rate", known)
         if value.dtype == mx.float32 and value.ndim == 0:
             return value
         return value.astype(mx.float32).reshape(())
     number = as_number("learning_rate", value)
-    if not math.isfinite(number):
-        raise ValueError(f"learning_rate should be finite, {value} was provided instead")
+    check_finite("learning_rate", number)
     return mx.array(number, mx.float32)
 
 

@@ -188,6 +188,8 @@ class FusedOptimizer(Optimizer):
     def state(self, state: Any) -> None:
         adopted = State.adopt(state)
         layout = adopted.layout if isinstance(adopted, State) else None
+        if isinstance(adopted, State) and "learning_rate" in adopted:
+            as_learning_rate(adopted["learning_rate"])
         if layout is not None and layout.slots != self.slots:
             raise ValueError(
                 f"state of an optimizer that keeps {', '.join(layout.slots)} was set on "

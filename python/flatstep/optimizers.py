@@ -34,7 +34,7 @@ class SGD(FusedOptimizer):
         state_dtype (mx.Dtype, optional): How ``v`` is stored. Default: ``mx.float32``
 
     Raises:
-        ValueError: an argument is NaN, infinite or out of its range.
+        ValueError: an argument is not finite in float32, or out of its range.
 
     Source: ``mlx.optimizers.SGD``.
 
@@ -98,7 +98,7 @@ class Adam(FusedOptimizer):
         state_dtype (mx.Dtype, optional): How ``m`` and ``v`` are stored. Default: ``mx.float32``
 
     Raises:
-        ValueError: an argument is NaN, infinite or out of its range.
+        ValueError: an argument is not finite in float32, or out of its range.
 
     Source: ``mlx.optimizers.Adam``.
 
@@ -167,7 +167,7 @@ class AdamW(Adam):
         state_dtype (mx.Dtype, optional): How ``m`` and ``v`` are stored. Default: ``mx.float32``
 
     Raises:
-        ValueError: an argument is NaN, infinite or out of its range.
+        ValueError: an argument is not finite in float32, or out of its range.
 
     Source: ``mlx.optimizers.AdamW``.
 
