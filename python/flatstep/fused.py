@@ -28,6 +28,10 @@ class FlatUpdate(NamedTuple):
 class FusedOptimizer(Optimizer):
     """What SGD, Adam and AdamW share: an ``mlx.optimizers.Optimizer`` whose update is one pass.
 
+    Each is a subclass of MLX's class of the same name too, which stands between this and
+    ``Optimizer`` in the order of bases: for ``isinstance`` only, so ``Optimizer`` is named here
+    where ``super()`` would be that class.
+
     Args:
         learning_rate (float or callable): The learning rate, or a schedule of it.
         state_dtype (mx.Dtype, optional): How the state is stored: ``mx.float32``, ``mx.float16`` or
@@ -39,7 +43,7 @@ class FusedOptimizer(Optimizer):
     slots: tuple[str, ...] = ()
 
     def __init__(self, learning_rate: LearningRate, state_dtype: mx.Dtype | None = None):
-        super().__init__()
+        Optimizer.__init__(self)
         if state_dtype is not None and state_dtype not in FLOATING:
             raise ValueError(
                 f"state_dtype should be mx.float32, mx.float16 or mx.bfloat16, {state_dtype!r} was "
@@ -85,7 +89,7 @@ class FusedOptimizer(Optimizer):
         """
         if self._is_customised:
             self._state = self._plain_state()
-            super().init(parameters)
+            Optimizer.init(self, parameters)
             return
         state = self._usable_state()
         state.commit(*state.make_flat(parameters, self.slots, self._state_dtype), {})
@@ -118,7 +122,7 @@ class FusedOptimizer(Optimizer):
             {'w': array([-0.5, -0.5], dtype=float32)}
         """
         if self._is_customised:
-            return super().apply_gradients(gradients, parameters)
+            return Optimizer.apply_gradients(self, gradients, parameters)
         if type(self).init is not FusedOptimizer.init and not self._initialized:
             self.init(matching_part(gradients, parameters))
 
@@ -369,7 +373,7 @@ class FusedOptimizer(Optimizer):
 
     def _maybe_schedule(self, name: str, parameter: Any) -> None:
         if name != "learning_rate":
-            super()._maybe_schedule(name, parameter)
+            Optimizer._maybe_schedule(self, name, parameter)
         elif callable(parameter):
             self._schedulers[name] = parameter
             plain = plain_schedule(parameter)
