@@ -260,7 +260,7 @@ FLAT_MISUSE: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], t
     ("more state", (P, P, P, P, P), {"step": 0}, ValueError, ("2 state arrays", "3")),
     ("long gradient", (P, mx.ones((6,)), P, P), {"step": 0}, ValueError, ("gradient", "(6,)")),
     ("short state", (P, P, P, mx.ones((4,))), {"step": 0}, ValueError, ("v", "(4,)", "(5,)")),
-    ("two dimensions", (ROWS, ROWS, ROWS, ROWS), {"step": 0}, ValueError, ("parameter", "(5, 1)")),
+    ("two dimensions", (ROWS, ROWS, ROWS, ROWS), {"step": 0}, ValueError, ("one-dim", "(5, 1)")),
     ("integers", (P, P, P.astype(mx.int32), P), {"step": 0}, TypeError, ("m", "int32", "bfloat16")),
     ("complex", (P, P.astype(mx.complex64), P, P), {"step": 0}, TypeError, ("gradient", "complex")),
     ("NumPy", (np.ones(5), P, P, P), {"step": 0}, TypeError, ("parameter", "mlx.core.array")),

@@ -135,10 +135,18 @@ MISFITS = [
         ValueError,
         ("w",),
     ),
-    Misfit("list of gradients", lambda g, p: ([ONES], p), (TypeError, ValueError), ()),
-    Misfit("list of parameters", lambda g, p: (g, [ONES]), (TypeError, ValueError), ()),
-    Misfit("one array of gradients", lambda g, p: (ONES, p), (TypeError, ValueError), ()),
-    Misfit("no gradients", lambda g, p: (None, p), TypeError, ("a gradient should be",)),
+    Misfit(
+        "loss with the gradients",
+        lambda g, p: ((ONES, g), p),
+        TypeError,
+        ("gradients should be a dict", "a tuple", "(loss, gradients)", "pass the second"),
+    ),
+    Misfit("list of gradients", lambda g, p: ([ONES], p), TypeError, ("gradients", "a list")),
+    Misfit("list of parameters", lambda g, p: (g, [ONES]), TypeError, ("parameters", "a list")),
+    Misfit("one array of gradients", lambda g, p: (ONES, p), TypeError, ("gradients", "an array")),
+    Misfit("one array", lambda g, p: (g, ONES), TypeError, ("parameters", "an array")),
+    Misfit("no gradients", lambda g, p: (None, p), TypeError, ("gradients", "dict", "None")),
+    Misfit("no parameters", lambda g, p: (g, None), TypeError, ("parameters", "dict", "None")),
 ]
 # These fit each other, but not the tree that the optimizer was initialised with.
 LATE_MISFITS = [
@@ -298,11 +306,12 @@ BAD_STATES: list[tuple[str, Callable[[Any], Any], type[Exception], tuple[str, ..
     ("None", state_with("w.v", None), TypeError, ("w.v", "NoneType")),
     ("array for slots", lambda state: {**state, "w": ONES}, TypeError, ("w", "dict", "array")),
     ("a list for a dict", lambda state: {**state, "w": [ONES]}, TypeError, ("w", "dict", "list")),
-    ("no step", lambda state: without(state, "step"), ValueError, ("step",)),
+    ("no step", lambda state: without(state, "step"), ValueError, ("step", "set to a dict of")),
     ("no rate", lambda state: without(state, "learning_rate"), ValueError, ("learning_rate",)),
     ("negative step", lambda state: {**state, "step": -1}, ValueError, ("step", "-1")),
     ("string", lambda state: "state", TypeError, ("state", "dict", "str")),
-    ("None for all", lambda state: None, TypeError, ("state", "dict", "NoneType")),
+    ("None for all", lambda state: None, TypeError, ("state", "dict", "set to None")),
+    ("nothing", lambda state: {}, ValueError, ("'step' and 'learning_rate'", "set to {}")),
 ]
 
 

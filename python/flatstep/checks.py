@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from . import _ext
-from .layout import name_of
+from .layout import FLOATING, name_of, unsupported
 
 # The nearest float32 of a number from here on is infinite.
 FLOAT32_LIMIT = 2.0**128 - 2.0**103
@@ -27,6 +28,56 @@ def check_finite(name: str, number: float) -> None:
     """Raises ValueError when a number is NaN or infinite, or would be as a float32."""
     if not abs(number) < FLOAT32_LIMIT:
         raise ValueError(f"{name} should be finite in float32, {number} was provided instead")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for a message that says what came."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def check_tree(name: str, tree: Any) -> None:
+    """Raises TypeError when a tree of parameters or gradients is no dict; a module is one."""
+    if isinstance(tree, dict):
+        return
+    hint = ""
+    if name == "gradients" and isinstance(tree, tuple):
+        hint = "; nn.value_and_grad's function returns (loss, gradients): pass the second of them"
+    raise TypeError(
+        f"{name} should be a dict (or an mlx.nn.Module), {kind_of(tree)} was provided instead{hint}"
+    )
+
+
+def check_parameters(tree: Any) -> None:
+    """Raises TypeError, naming the path, when a tree of parameters has something else in it."""
+    check_tree("parameters", tree)
+    leaves: Any = tree_flatten(tree)
+    for path, leaf in leaves:
+        check_array(f"{path}: a parameter", leaf)
+
+
+def check_array(name: str, value: Any) -> None:
+    if not isinstance(value, mx.array):
+        raise TypeError(f"{name} should be an mlx.core.array, {value!r} was provided instead")
+
+
+def check_flat_arrays(arrays: dict[str, Any]) -> None:
+    """Of the arrays of ``flat_update`` by their names, the parameter first."""
+    parameter = arrays["parameter"]
+    for name, array in arrays.items():
+        check_array(f"flat_update: {name}", array)
+        if parameter.ndim != 1:
+            raise ValueError(
+                "flat_update: parameter should be one-dimensional, one of shape "
+                f"{tuple(parameter.shape)} was provided instead"
+            )
+        if array.shape != parameter.shape:
+            raise ValueError(
+                f"flat_update: {name} should have the parameter's shape {tuple(parameter.shape)}, "
+                f"one of {tuple(array.shape)} was provided instead"
+            )
+        if array.dtype not in FLOATING:
+            raise unsupported(f"flat_update: {name}", array.dtype)
 
 
 def as_learning_rate(value: Any) -> mx.array:

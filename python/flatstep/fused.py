@@ -7,8 +7,16 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from . import _ext
-from .checks import as_learning_rate, as_step
-from .layout import FLOATING, Layout, Segment, name_of, unsupported
+from .checks import (
+    as_learning_rate,
+    as_step,
+    check_array,
+    check_flat_arrays,
+    check_parameters,
+    check_tree,
+    kind_of,
+)
+from .layout import FLOATING, Layout, Segment, name_of
 from .schedulers import plain_schedule
 from .state import State
 from .trees import arrays_of, matching_part
@@ -28,9 +36,8 @@ class FlatUpdate(NamedTuple):
 class FusedOptimizer(Optimizer):
     """What SGD, Adam and AdamW share: an ``mlx.optimizers.Optimizer`` whose update is one pass.
 
-    Each is a subclass of MLX's class of the same name too, which stands between this and
-    ``Optimizer`` in the order of bases: for ``isinstance`` only, so ``Optimizer`` is named here
-    where ``super()`` would be that class.
+    Each is a subclass of its namesake in MLX too, for ``isinstance`` only: ``Optimizer`` is named
+    here where ``super()`` would be that class.
 
     Args:
         learning_rate (float or callable): The learning rate, or a schedule of it.
@@ -87,11 +94,12 @@ class FusedOptimizer(Optimizer):
             >>> optimizer.state.keys()
             dict_keys(['step', 'learning_rate', 'weight', 'bias'])
         """
+        check_tree("parameters", parameters)
+        state = self._usable_state()
         if self._is_customised:
-            self._state = self._plain_state()
+            self._state = State(state._tree())
             Optimizer.init(self, parameters)
             return
-        state = self._usable_state()
         state.commit(*state.make_flat(parameters, self.slots, self._state_dtype), {})
         self._initialized = True
 
@@ -121,7 +129,10 @@ class FusedOptimizer(Optimizer):
             >>> optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.zeros(2)})
             {'w': array([-0.5, -0.5], dtype=float32)}
         """
+        check_tree("gradients", gradients)
+        check_tree("parameters", parameters)
         if self._is_customised:
+            self._usable_state()
             return Optimizer.apply_gradients(self, gradients, parameters)
         if type(self).init is not FusedOptimizer.init and not self._initialized:
             self.init(matching_part(gradients, parameters))
@@ -154,6 +165,7 @@ class FusedOptimizer(Optimizer):
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         """Initialize the state of one parameter; for subclasses that extend it."""
+        check_array("init_single: parameter", parameter)
         for slot in self.slots:
             state[slot] = mx.zeros(parameter.shape, self._state_dtype)
 
@@ -166,6 +178,8 @@ class FusedOptimizer(Optimizer):
         """
         rule = self.rule()
         used = self.slots[: rule.num_slots]
+        for name, array in (("gradient", gradient), ("parameter", parameter)):
+            check_array(f"apply_single: {name}", array)
         updated, values, _, _ = _ext.single_step(
             parameter,
             gradient,
@@ -233,13 +247,16 @@ class FusedOptimizer(Optimizer):
             parameters (dict): A Python tree of parameters, or a part of it.
 
         Raises:
+            TypeError: the tree is no dict, or a leaf no array.
             ValueError: the tree does not fit the layout; the message names the path.
         """
+        arrays = arrays_of(parameters)
+        check_parameters(arrays)
         layout = self._state.layout if isinstance(self._state, State) else None
         if layout is None:
             return False
-        mx.eval(parameters)
-        return _ext.are_flat(layout.engine, layout.skeleton, arrays_of(parameters))
+        mx.eval(arrays)
+        return _ext.are_flat(layout.engine, layout.skeleton, arrays)
 
     def flat_update(
         self,
@@ -289,17 +306,7 @@ class FusedOptimizer(Optimizer):
                 f"{names}, {len(state)} were provided"
             )
         named = dict(zip(names, state, strict=True))
-        arrays = {"parameter": parameter, "gradient": gradient, **named}
-        for name, array in arrays.items():
-            if not isinstance(array, mx.array):
-                raise TypeError(f"flat_update: {name} should be an mlx.core.array, got {array!r}")
-            if array.ndim != 1 or array.shape != parameter.shape:
-                raise ValueError(
-                    f"flat_update: {name} of shape {tuple(array.shape)} should have the "
-                    f"parameter's, which should be one-dimensional and is {tuple(parameter.shape)}"
-                )
-            if array.dtype not in FLOATING:
-                raise unsupported(f"flat_update: {name}", array.dtype)
+        check_flat_arrays({"parameter": parameter, "gradient": gradient, **named})
         count = as_step(step)
         plain = None
         if learning_rate is None:
@@ -384,14 +391,10 @@ class FusedOptimizer(Optimizer):
     def _usable_state(self) -> State:
         state = self._state
         if not isinstance(state, State):
-            raise TypeError(
-                f"optimizer.state should be a dict, it was set to a {type(state).__name__}"
+            raise TypeError(f"optimizer.state should be a dict, it was set to {kind_of(state)}")
+        if "step" not in state or "learning_rate" not in state:
+            found = f"a dict of {', '.join(map(repr, state))}" if len(state) else "{}"
+            raise ValueError(
+                f"optimizer.state should have 'step' and 'learning_rate', it was set to {found}"
             )
-        for key in ("step", "learning_rate"):
-            if key not in state:
-                raise ValueError(f"optimizer.state has no {key!r}; it was set to {list(state)}")
         return state
-
-    def _plain_state(self) -> Any:
-        """The state as MLX's own loop wants it: nothing flat."""
-        return State(self._state._tree()) if isinstance(self._state, State) else self._state

@@ -78,10 +78,6 @@ def merge_trees(
         names = [*theirs, *(key for key in ours if key not in theirs)]
         return {key: merge((*keys, key), ours.get(key, ABSENT), theirs.get(key)) for key in names}
 
-    if not isinstance(parameters, dict):
-        raise TypeError(
-            f"parameters should be a dict (or a module), {type(parameters).__name__} was provided"
-        )
     for name in RESERVED:
         if name in parameters:
             raise ValueError(f"{name}: a top-level parameter can't have a name of the state's own")
