@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, Case, case_id, leaves, random_shapes, random_tree
 from mlx.utils import tree_map, tree_unflatten
-from models import assert_trees_close, assert_trees_equal, every_rule
+from models import assert_trees_close, assert_trees_equal, every_rule, new_model
 
 
 def problem() -> tuple[Any, Any]:
@@ -296,3 +298,39 @@ def test_leaves_that_a_step_leaves_out_keep_their_dtype_in_the_layout() -> None:
         params.update(optimizer.apply_gradients({name: params[name]}, params))
     before = [segment.dtype for segment in optimizer.layout]
     assert before == [mx.bfloat16, mx.bfloat16]
+
+
+def readme_code(part: str) -> str:
+    """The block of Python in the README that has this in it."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if part in b]
+    return textwrap.dedent(block)
+
+
+@every_rule
+@pytest.mark.parametrize("mixed", [False, True])
+def test_mlx_goes_on_with_a_half_precision_model_as_the_readme_says(
+    case: Case, mixed: bool
+) -> None:
+    model = new_model()
+    model.set_dtype(mx.bfloat16)
+    if mixed:
+        model.layers[0].set_dtype(mx.float16)
+        model.nested["pair"][0].set_dtype(mx.float32)
+    dtypes = {path: p.dtype for path, p in leaves(model.trainable_parameters()).items()}
+    grads = tree_map(mx.ones_like, model.trainable_parameters())
+    optimizer, theirs = case.make(optim), case.make(mlx.optimizers)
+    optimizer.update(model, grads)
+    optimizer.state["step"] = 300
+
+    names = {"optimizer": optimizer, "theirs": theirs, "model": model}
+    exec(readme_code("theirs.state"), names)
+    for step in range(301, 304):
+        theirs.update(model, grads)
+        assert theirs.step.item() == step and theirs.step.dtype == mx.uint64
+    assert theirs.learning_rate.dtype == mx.float32
+    for path, p in leaves(model.trainable_parameters()).items():
+        assert p.dtype == dtypes[path], path
+    for path, value in leaves(theirs.state).items():
+        if path not in ("step", "learning_rate"):
+            assert value.dtype == dtypes[path.rpartition(".")[0]], path
