@@ -10,6 +10,7 @@
 #include "backend/cpu_dispatch.h"
 #include "backend/floor.h"
 #include "backend/thread_pool.h"
+#include "fused_update.h"
 #include "step.h"
 #include "tree.h"
 #include "view.h"
@@ -318,6 +319,7 @@ NB_MODULE(_ext, m) {
   bind_schedules(m);
   bind_layout(m);
   bind_cpu(m);
+  m.def("is_tracing", &is_tracing, "True while a function is traced.");
   m.def(
       "known_value",
       &known_value,

@@ -54,17 +54,6 @@ void share_whole(const mx::array& source, mx::array& out) {
   out.copy_shared_buffer(source, strides, {true, true, out.size() <= 1}, out.size());
 }
 
-// True while a function is traced: what is evaluated then is read again at every replay.
-bool is_tracing() {
-  // MLX tells it only of an array that is marked as a tracer.
-  static const mx::array* probe = [] {
-    auto* a = new mx::array(0.0f);
-    a->set_tracer(true);
-    return a;
-  }();
-  return probe->is_tracer();
-}
-
 bool are_available(const std::vector<mx::array>& arrays) {
   return std::all_of(
       arrays.begin(), arrays.end(), [](const mx::array& a) { return a.is_available(); });
@@ -107,6 +96,16 @@ void check(const BucketPlan& plan, const Rule& rule, bool has_schedule, const Up
 }
 
 }  // namespace
+
+bool is_tracing() {
+  // MLX tells it only of an array that is marked as a tracer.
+  static const mx::array* probe = [] {
+    auto* a = new mx::array(0.0f);
+    a->set_tracer(true);
+    return a;
+  }();
+  return probe->is_tracer();
+}
 
 bool lie_in_one_buffer(const BucketPlan& plan, const mx::array* parameters) {
   const mx::array& first = parameters[0];

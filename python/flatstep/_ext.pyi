@@ -70,6 +70,9 @@ def floor_pass(p: mlx.core.array, g: mlx.core.array, state: Sequence[mlx.core.ar
     Moves the bytes of a step, with next to no arithmetic: the time that memory allows.
     """
 
+def is_tracing() -> bool:
+    """True while a function is traced."""
+
 def known_value(array: mlx.core.array) -> float | None:
     """
     The value of a floating scalar that is evaluated; None of any other array.

@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from . import _ext
-from .layout import FLOATING, name_of, unsupported
+from .layout import FLOATING, Layout, name_of, unsupported
 
 # The nearest float32 of a number from here on is infinite.
 FLOAT32_LIMIT = 2.0**128 - 2.0**103
@@ -54,6 +54,25 @@ def check_parameters(tree: Any) -> None:
     leaves: Any = tree_flatten(tree)
     for path, leaf in leaves:
         check_array(f"{path}: a parameter", leaf)
+
+
+def check_state(state: Any) -> None:
+    if not isinstance(state, dict):
+        raise TypeError(f"optimizer.state should be a dict, it was set to {kind_of(state)}")
+    if "step" not in state or "learning_rate" not in state:
+        found = f"a dict of {', '.join(map(repr, state))}" if len(state) else "{}"
+        raise ValueError(
+            f"optimizer.state should have 'step' and 'learning_rate', it was set to {found}"
+        )
+
+
+def check_layout(old: Layout | None, new: Layout) -> None:
+    """Raises ValueError when a trace would give a state another layout: a replay does not."""
+    if old is not None and old.text != new.text and _ext.is_tracing():
+        raise ValueError(
+            "init would lay the state out anew; call optimizer.init(parameters) outside the "
+            "compiled function"
+        )
 
 
 def check_array(name: str, value: Any) -> None:

@@ -12,9 +12,10 @@ from .checks import (
     as_step,
     check_array,
     check_flat_arrays,
+    check_layout,
     check_parameters,
+    check_state,
     check_tree,
-    kind_of,
 )
 from .layout import FLOATING, Layout, Segment, name_of
 from .schedulers import plain_schedule
@@ -100,7 +101,9 @@ class FusedOptimizer(Optimizer):
             self._state = State(state._tree())
             Optimizer.init(self, parameters)
             return
-        state.commit(*state.make_flat(parameters, self.slots, self._state_dtype), {})
+        layout, flat = state.make_flat(parameters, self.slots, self._state_dtype)
+        check_layout(state.layout, layout)
+        state.commit(layout, flat, {})
         self._initialized = True
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
@@ -305,8 +308,8 @@ class FusedOptimizer(Optimizer):
                 f"flat_update: {type(self).__name__} takes {len(names)} state arrays "
                 f"{names}, {len(state)} were provided"
             )
-        named = dict(zip(names, state, strict=True))
-        check_flat_arrays({"parameter": parameter, "gradient": gradient, **named})
+        slots = dict(zip(names, state, strict=True))
+        check_flat_arrays({"parameter": parameter, "gradient": gradient, **slots})
         count = as_step(step)
         plain = None
         if learning_rate is None:
@@ -390,11 +393,6 @@ class FusedOptimizer(Optimizer):
 
     def _usable_state(self) -> State:
         state = self._state
-        if not isinstance(state, State):
-            raise TypeError(f"optimizer.state should be a dict, it was set to {kind_of(state)}")
-        if "step" not in state or "learning_rate" not in state:
-            found = f"a dict of {', '.join(map(repr, state))}" if len(state) else "{}"
-            raise ValueError(
-                f"optimizer.state should have 'step' and 'learning_rate', it was set to {found}"
-            )
+        check_state(state)
+        assert isinstance(state, State)
         return state
