@@ -12,7 +12,6 @@ import mlx.optimizers
 import numpy as np
 import pytest
 from reference import schedule_value, to_float64, ulp
-from shadow import fails
 
 # A schedule is written (name, *arguments): the same row builds ours, MLX's and the reference.
 Spec = Any
@@ -184,6 +183,35 @@ def test_far_steps_are_within_one_ulp_of_float64(spec: Spec, step: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("init", "decay_rate", "step", "expected"),
+    [
+        (1e-30, 10.0, 40, 1e10),
+        (-1e-37, 10.0, 74, -1e37),
+        (1e30, 0.1, 50, 1e-20),
+        (1e38, 1e-37, 2, 1e-36),
+        (3e38, 0.9999, 3, 3e38 * 0.9999**3),
+        (0.1, 2.0, 131, 0.1 * 2.0**131),
+        (0.1, 2.0, 132, math.inf),
+        (-0.1, 2.0, 10**6, -math.inf),
+        (0.0, 2.0, 10**6, 0.0),
+        (1e-30, 0.1, 30, 0.0),
+    ],
+)
+def test_a_power_may_leave_float32_where_the_rate_does_not(
+    init: float, decay_rate: float, step: int, expected: float
+) -> None:
+    for schedule, at in (
+        (flatstep.exponential_decay(init, decay_rate), step),
+        (flatstep.step_decay(init, decay_rate, 3), 3 * step + 2),
+    ):
+        rate = rate_after(flatstep.SGD(schedule), at)
+        if math.isinf(expected) or expected == 0:
+            assert rate == expected
+        else:
+            assert_within_one_ulp(rate, expected)
+
+
+@pytest.mark.parametrize(
     "spec",
     [
         ("linear_schedule", 0.0, 0.1, 2**30),
@@ -350,28 +378,6 @@ def test_a_wrong_argument_is_the_same_error_as_in_mlx(name: str, arguments: tupl
     with pytest.raises(theirs.type) as ours:
         getattr(flatstep, name)(*arguments)
     assert str(ours.value) == str(theirs.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "parts"),
-    [
-        ("linear_schedule", (1e39, 0.1, 5), ("init", "1e+39")),
-        ("linear_schedule", (0.1, -math.inf, 5), ("end", "-inf")),
-        ("linear_schedule", (-3e38, 3e38, 5), ("end - init", "6e+38")),
-        ("cosine_decay", (mx.array(math.nan), 5), ("init", "nan")),
-        ("cosine_decay", (0.1, 5, 1e39), ("end", "1e+39")),
-        ("cosine_decay", (3e38, 5, -3e38), ("end - init", "-6e+38")),
-        ("exponential_decay", (math.inf, 0.9), ("init", "inf")),
-        ("exponential_decay", (0.1, 10**400), ("decay_rate", "inf")),
-        ("step_decay", (0.1, 1e39, 5), ("decay_rate", "1e+39")),
-        ("step_decay", (math.inf, 0.9, 5), ("init", "inf")),
-    ],
-)
-def test_a_rate_that_float32_has_not_is_named(
-    name: str, arguments: tuple[Any, ...], parts: tuple[str, ...]
-) -> None:
-    make = getattr(flatstep, name)
-    fails(lambda: make(*arguments), ValueError, f"{name}: ", "finite in float32", *parts)
 
 
 def test_arguments_have_mlx_names() -> None:

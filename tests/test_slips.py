@@ -1,5 +1,6 @@
 """What is easily passed by mistake: the message says what came and what is allowed."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -95,3 +96,25 @@ def test_a_state_that_is_none_says_what_it_was_set_to(
     optimizer.state = state
     for call in (partial(optimizer.apply_gradients, tree, tree), partial(optimizer.init, tree)):
         fails(call, exception, "optimizer.state", *parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parts"),
+    [
+        ("linear_schedule", (1e39, 0.1, 5), ("init", "1e+39")),
+        ("linear_schedule", (0.1, -math.inf, 5), ("end", "-inf")),
+        ("linear_schedule", (-3e38, 3e38, 5), ("end - init", "6e+38")),
+        ("cosine_decay", (mx.array(math.nan), 5), ("init", "nan")),
+        ("cosine_decay", (0.1, 5, 1e39), ("end", "1e+39")),
+        ("cosine_decay", (3e38, 5, -3e38), ("end - init", "-6e+38")),
+        ("exponential_decay", (math.inf, 0.9), ("init", "inf")),
+        ("exponential_decay", (0.1, 10**400), ("decay_rate", "inf")),
+        ("step_decay", (0.1, 1e39, 5), ("decay_rate", "1e+39")),
+        ("step_decay", (math.inf, 0.9, 5), ("init", "inf")),
+    ],
+)
+def test_a_rate_that_float32_has_not_is_named(
+    name: str, arguments: tuple[Any, ...], parts: tuple[str, ...]
+) -> None:
+    make = getattr(optim, name)
+    fails(lambda: make(*arguments), ValueError, f"{name}: ", "finite in float32", *parts)
