@@ -143,6 +143,25 @@ SingleStepTuple single_step(
       nb::cast(std::move(result.learning_rate)));
 }
 
+// The value of a scalar of a floating type, unless that would take an evaluation.
+std::optional<double> known_value(const mx::array& a) {
+  if (a.size() != 1 || a.is_tracer() || !a.is_available()) {
+    return std::nullopt;
+  }
+  switch (a.dtype().val()) {
+    case mx::Dtype::Val::float64:
+      return *a.data<double>();
+    case mx::Dtype::Val::float32:
+      return *a.data<float>();
+    case mx::Dtype::Val::float16:
+      return static_cast<float>(*a.data<mx::float16_t>());
+    case mx::Dtype::Val::bfloat16:
+      return static_cast<float>(*a.data<mx::bfloat16_t>());
+    default:
+      return std::nullopt;
+  }
+}
+
 void bind_rules(nb::module_& m) {
   nb::class_<Rule>(m, "Rule", "An update rule with its hyperparameters.")
       .def_prop_ro("num_slots", &Rule::num_slots, "How many state arrays a step updates.");
@@ -308,6 +327,11 @@ NB_MODULE(_ext, m) {
   bind_cpu(m);
   m.attr("MAX_TREE_DEPTH") = kMaxTreeDepth;
   m.def("is_tracing", &is_tracing, "True while a function is traced.");
+  m.def(
+      "known_value",
+      &known_value,
+      "array"_a,
+      "The value of a floating scalar that is evaluated; None of any other array.");
   m.def(
       "step",
       &step,

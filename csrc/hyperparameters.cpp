@@ -17,9 +17,17 @@ void require(bool ok, const std::string& name, double value, const char* allowed
   }
 }
 
-bool is_zero_or_more(double x) {
-  return std::isfinite(x) && x >= 0;
+// As a float, which is what the kernels are given.
+bool is_finite(double x) {
+  return std::isfinite(static_cast<float>(x));
 }
+
+bool is_zero_or_more(double x) {
+  return is_finite(x) && x >= 0;
+}
+
+constexpr const char* kFinite = "finite in float32";
+constexpr const char* kZeroOrMore = "finite in float32 and >=0";
 
 SchedulePiece empty_piece(SchedulePieceKind kind, double init, int64_t steps) {
   SchedulePiece piece{};
@@ -44,13 +52,13 @@ Pair split(double x) {
 }
 
 Rule make_sgd(double momentum, double weight_decay, double dampening, bool nesterov) {
-  require(is_zero_or_more(momentum), "SGD momentum", momentum, "finite and >=0");
-  require(std::isfinite(weight_decay), "SGD weight_decay", weight_decay, "finite");
-  require(is_zero_or_more(dampening), "SGD dampening", dampening, "finite and >=0");
+  require(is_zero_or_more(momentum), "SGD momentum", momentum, kZeroOrMore);
+  require(is_finite(weight_decay), "SGD weight_decay", weight_decay, kFinite);
+  require(is_zero_or_more(dampening), "SGD dampening", dampening, kZeroOrMore);
   if (nesterov && (momentum <= 0 || dampening != 0)) {
     throw std::invalid_argument("Nesterov momentum requires a momentum and zero dampening.");
   }
-  Rule rule{RuleKind::sgd, {}};
+  Rule rule{RuleKind::sgd, {}, weight_decay != 0, momentum > 0};
   rule.values.weight_decay = split(weight_decay);
   rule.values.momentum = split(momentum);
   rule.values.one_minus_dampening = split(1.0 - dampening);
@@ -76,10 +84,10 @@ Rule make_adam(
         betas[i],
         "in [0, 1)");
   }
-  require(is_zero_or_more(eps), name + " epsilon", eps, "finite and >=0");
-  require(std::isfinite(weight_decay), name + " weight_decay", weight_decay, "finite");
+  require(is_zero_or_more(eps), name + " epsilon", eps, kZeroOrMore);
+  require(is_finite(weight_decay), name + " weight_decay", weight_decay, kFinite);
 
-  Rule rule{RuleKind::adam, {}};
+  Rule rule{RuleKind::adam, {}, false, false};
   Hyperparameters& h = rule.values;
   h.weight_decay = split(weight_decay);
   h.beta1 = split(betas[0]);

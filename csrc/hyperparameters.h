@@ -15,16 +15,13 @@ enum class RuleKind { sgd, adam };
 struct Rule {
   RuleKind kind;
   Hyperparameters values;
+  // SGD: whether the doubles that the user gave are not 0. Their floats may be.
+  bool has_weight_decay;
+  bool has_momentum;
 
-  bool has_weight_decay() const {
-    return values.weight_decay.hi != 0;
-  }
-  bool has_momentum() const {
-    return kind == RuleKind::sgd && values.momentum.hi > 0;
-  }
   // How many state arrays a step reads and writes: (m, v) for Adam, (v) for SGD with momentum.
   int num_slots() const {
-    return kind == RuleKind::adam ? 2 : (has_momentum() ? 1 : 0);
+    return kind == RuleKind::adam ? 2 : (has_momentum ? 1 : 0);
   }
 };
 

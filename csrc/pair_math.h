@@ -56,19 +56,22 @@ FLATSTEP_FN Pair exp_minus_one(Pair x) {
   return normalized(add(subtract(power, pair(1.0f)), scaled_series));
 }
 
-FLATSTEP_FN Pair exponential(Pair x) {
-  if (x.hi < -110.0f) {
+// factor exp(x), also where exp(x) alone is no float.
+FLATSTEP_FN Pair scaled_exponential(Pair factor, Pair x) {
+  if (factor.hi == 0.0f || x.hi < -200.0f) {
     return pair(0.0f);
   }
-  if (x.hi > 89.0f) {
-    return pair(from_bits(0x7f800000u));
+  if (x.hi > 200.0f) {
+    return pair(factor.hi * from_bits(0x7f800000u));
   }
   Pair remainder;
-  int k = split_by_ln2(x, 160, remainder);
+  int k = split_by_ln2(x, 290, remainder);
   Pair value = normalized(add(pair(1.0f), small_exp_minus_one(remainder)));
-  // In two factors, since 2^k alone can leave the range of a float where the result does not.
-  int first = k / 2;
-  return scaled(scaled(value, power_of_two(first)), power_of_two(k - first));
+  // 2^k in three factors, each of them a float: on the way the product stays between `factor` and
+  // the result.
+  int third = k / 3;
+  value = normalized(multiply(scaled(factor, power_of_two(third)), value));
+  return scaled(scaled(value, power_of_two(third)), power_of_two(k - 2 * third));
 }
 
 // sin(x) for 0 <= x <= pi / 4 by its series.

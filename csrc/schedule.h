@@ -66,8 +66,7 @@ FLATSTEP_FN Pair exponential_value(Pair init, Pair log_rate, int32_t rate_sign, 
     return pair(0.0f);
   }
   Pair steps = pair_from_step(static_cast<Step>(n));
-  Pair power = exponential(normalized(multiply(log_rate, steps)));
-  Pair value = multiply(init, power);
+  Pair value = scaled_exponential(init, normalized(multiply(log_rate, steps)));
   if (rate_sign < 0 && (n & 1) != 0) {
     return negated(value);
   }

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "dtypes.h"
+#include "fused_update.h"
 #include "mlx/utils.h"
 
 namespace flatstep {
@@ -235,9 +236,9 @@ class Collector {
     }
     check_dtype("gradient", g.dtype());
     if (p.dtype() != leaf.dtype) {
-      // Another layout would be fixed into the trace, but not made again when the trace is
-      // replayed.
-      if (p.is_tracer()) {
+      // A replay of the trace would write the arrays of another layout into the state, which MLX
+      // does without looking. The parameter itself need be no tracer: mx.grad's are not any more.
+      if (is_tracing()) {
         walk_.fail(
             "the parameter is " + str(p.dtype()) + " but the optimizer was initialised with " +
             str(leaf.dtype) + "; call optimizer.init(parameters) outside the compiled function");

@@ -59,6 +59,9 @@ def _adam() -> list[Case]:
 UNUSUAL = [
     Case("SGD", {"momentum": 0.5, "weight_decay": 0.3, "dampening": 0.7}),
     Case("SGD", {"momentum": 0.0, "weight_decay": 2.0}),
+    # Zero in float32, but not to MLX, which keeps a v.
+    Case("SGD", {"momentum": 1e-50, "weight_decay": 1e-50}),
+    Case("SGD", {"momentum": 1e-50, "nesterov": True}),
     Case("Adam", {"betas": [0.0, 0.0], "eps": 1e-3, "bias_correction": True}),
     Case("Adam", {"betas": [0.0, 0.999], "bias_correction": True}),
     Case("Adam", {"betas": [0.99, 0.9], "eps": 1.0}),

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cases import Case, random_tree
+from flatstep import _ext
 from mlx.utils import tree_map
 from models import every_rule
 from shadow import Run, Shadow, assert_it_goes_on, assert_same_bits, bits, copied, fails, train
@@ -19,6 +20,8 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]
     ("SGD", {"momentum": -0.5}, ValueError, ("SGD momentum", "-0.5", ">=0")),
     ("SGD", {"momentum": NAN}, ValueError, ("SGD momentum", "nan", "finite")),
     ("SGD", {"momentum": INF}, ValueError, ("SGD momentum", "inf", "finite")),
+    ("SGD", {"momentum": 1e39}, ValueError, ("SGD momentum", "1e+39", "finite in float32")),
+    ("SGD", {"momentum": 10**400}, ValueError, ("SGD momentum", "inf", "finite in float32")),
     ("SGD", {"momentum": "fast"}, TypeError, ("SGD momentum", "'fast'", "number")),
     ("SGD", {"momentum": "0.9"}, TypeError, ("SGD momentum", "'0.9'", "number")),
     ("SGD", {"momentum": None}, TypeError, ("SGD momentum", "None", "number")),
@@ -26,9 +29,16 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]
     ("SGD", {"momentum": mx.array([0.1, 0.2])}, TypeError, ("SGD momentum", "array", "number")),
     ("SGD", {"weight_decay": NAN}, ValueError, ("SGD weight_decay", "nan", "finite")),
     ("SGD", {"weight_decay": -INF}, ValueError, ("SGD weight_decay", "-inf", "finite")),
+    (
+        "SGD",
+        {"weight_decay": -1e39},
+        ValueError,
+        ("SGD weight_decay", "-1e+39", "finite in float32"),
+    ),
     ("SGD", {"weight_decay": [0.1]}, TypeError, ("SGD weight_decay", "[0.1]", "number")),
     ("SGD", {"dampening": -1.0}, ValueError, ("SGD dampening", "-1", ">=0")),
     ("SGD", {"dampening": NAN}, ValueError, ("SGD dampening", "nan", "finite")),
+    ("SGD", {"dampening": 1e39}, ValueError, ("SGD dampening", "1e+39", "finite in float32")),
     ("SGD", {"nesterov": True}, ValueError, ("Nesterov", "momentum", "zero dampening")),
     (
         "SGD",
@@ -48,10 +58,12 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]
     ("Adam", {"eps": -1e-8}, ValueError, ("Adam epsilon", "-1e-08", ">=0")),
     ("Adam", {"eps": NAN}, ValueError, ("Adam epsilon", "nan", "finite")),
     ("Adam", {"eps": INF}, ValueError, ("Adam epsilon", "inf", "finite")),
+    ("Adam", {"eps": 1e39}, ValueError, ("Adam epsilon", "1e+39", "finite in float32")),
     ("Adam", {"eps": None}, TypeError, ("Adam epsilon", "None", "number")),
     ("AdamW", {"betas": (0.9, 1.5)}, ValueError, ("AdamW beta2", "1.5", "[0, 1)")),
     ("AdamW", {"eps": -1}, ValueError, ("AdamW epsilon", "-1", ">=0")),
     ("AdamW", {"weight_decay": NAN}, ValueError, ("AdamW weight_decay", "nan", "finite")),
+    ("AdamW", {"weight_decay": 1e39}, ValueError, ("AdamW weight_decay", "1e+39", "finite")),
     ("AdamW", {"weight_decay": "small"}, TypeError, ("AdamW weight_decay", "'small'", "number")),
     ("AdamW", {"state_dtype": mx.int32}, ValueError, ("state_dtype", "int32", "mx.bfloat16")),
     ("AdamW", {"state_dtype": mx.float64}, ValueError, ("state_dtype", "float64", "mx.bfloat16")),
@@ -60,6 +72,12 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]
 BAD_RATES: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
     (NAN, ValueError, ("learning_rate", "nan", "finite")),
     (INF, ValueError, ("learning_rate", "inf", "finite")),
+    (-1e39, ValueError, ("learning_rate", "-1e+39", "finite in float32")),
+    (10**400, ValueError, ("learning_rate", "inf", "finite in float32")),
+    (mx.array(NAN), ValueError, ("learning_rate", "nan", "finite in float32")),
+    (mx.array([-INF], mx.bfloat16), ValueError, ("learning_rate", "-inf", "finite in float32")),
+    (mx.array(INF, mx.float16), ValueError, ("learning_rate", "inf", "finite in float32")),
+    (mx.array(1e39, mx.float64), ValueError, ("learning_rate", "1e+39", "finite in float32")),
     ("0.1", TypeError, ("learning_rate", "'0.1'", "number")),
     ("fast", TypeError, ("learning_rate", "'fast'", "number")),
     (None, TypeError, ("learning_rate", "None", "number")),
@@ -113,6 +131,41 @@ def test_assigning_a_bad_learning_rate_changes_nothing(
     assert_it_goes_on(run, shadow, new_tree)
 
 
+@every_bad_rate
+def test_a_state_with_a_bad_learning_rate_is_refused(
+    rate: Any, exception: type[Exception], parts: tuple[str, ...]
+) -> None:
+    run, shadow = trained(lambda: optim.AdamW(0.1))
+    bad = {**run.optimizer.state, "learning_rate": rate}
+    fails(lambda: setattr(run.optimizer, "state", bad), exception, *parts)
+    assert_it_goes_on(run, shadow, new_tree)
+
+
+def test_the_largest_float32_is_a_learning_rate() -> None:
+    largest = mx.finfo(mx.float32).max
+    for rate in (largest, -largest, 3.4028235e38, mx.array(largest)):
+        assert optim.SGD(rate).learning_rate.abs().item() == largest
+
+
+def test_a_learning_rate_that_is_not_evaluated_is_not_looked_at() -> None:
+    rate = mx.array(0.0) / mx.array(0.0)
+    optimizer = optim.SGD(rate)
+    optimizer.learning_rate = rate
+    assert _ext.known_value(rate) is None
+    seen = []
+
+    @mx.compile
+    def update(rate: mx.array) -> mx.array:
+        optimizer = optim.SGD(rate)
+        seen.append(_ext.known_value(rate))
+        updated: mx.array = optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2)})["w"]
+        return updated
+
+    assert mx.isnan(update(mx.array(NAN))).all().item()
+    assert update(mx.array(0.5)).tolist() == [0.5, 0.5]
+    assert seen == [None]
+
+
 def bad_schedules() -> list[tuple[str, Any, type[Exception], tuple[str, ...]]]:
     def broken(step: Any) -> Any:
         raise RuntimeError("no rate today")
@@ -122,6 +175,7 @@ def bad_schedules() -> list[tuple[str, Any, type[Exception], tuple[str, ...]]]:
         ("gives a string", lambda step: "0.1", TypeError, ("learning_rate", "'0.1'")),
         ("gives None", lambda step: None, TypeError, ("learning_rate", "None")),
         ("gives NaN", lambda step: NAN, ValueError, ("learning_rate", "nan")),
+        ("overflows", lambda step: 1e39, ValueError, ("learning_rate", "1e+39")),
         ("gives two", lambda step: mx.array([0.1, 0.2]), ValueError, ("learning_rate", "(2,)")),
     ]
 
@@ -206,7 +260,7 @@ FLAT_MISUSE: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], t
     ("more state", (P, P, P, P, P), {"step": 0}, ValueError, ("2 state arrays", "3")),
     ("long gradient", (P, mx.ones((6,)), P, P), {"step": 0}, ValueError, ("gradient", "(6,)")),
     ("short state", (P, P, P, mx.ones((4,))), {"step": 0}, ValueError, ("v", "(4,)", "(5,)")),
-    ("two dimensions", (ROWS, ROWS, ROWS, ROWS), {"step": 0}, ValueError, ("parameter", "(5, 1)")),
+    ("two dimensions", (ROWS, ROWS, ROWS, ROWS), {"step": 0}, ValueError, ("one-dim", "(5, 1)")),
     ("integers", (P, P, P.astype(mx.int32), P), {"step": 0}, TypeError, ("m", "int32", "bfloat16")),
     ("complex", (P, P.astype(mx.complex64), P, P), {"step": 0}, TypeError, ("gradient", "complex")),
     ("NumPy", (np.ones(5), P, P, P), {"step": 0}, TypeError, ("parameter", "mlx.core.array")),

@@ -1,5 +1,6 @@
 """`python -m flatstep doctor`: what it prints, its exit status, its JSON, and that it can fail."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import reference
 from cases import random_array
 from flatstep import _command_line, _ext
-from flatstep.diagnosis import cases, environment, formulas, selftest, speed
+from flatstep.diagnosis import cases, comparison, environment, formulas, selftest, speed
 from flatstep.diagnosis.comparison import run_case
 
 has_gpu = environment.why_not("gpu") is None
@@ -145,6 +146,45 @@ def test_a_wrong_result_is_reported_with_what_was_run_expected_and_got(
     report = json.loads(path.read_text())
     assert report["verdict"] == "FAIL"
     assert "expected" in report["devices"]["cpu"]["checks"][0]["problem"]
+
+
+HALF_ADAM = cases.Case(*cases.RULES[6], cases.MIXES[2], large=True)
+HALF_ADAMW = cases.Case(*cases.ADAMW, cases.MIXES[2], large=True)
+
+
+def test_a_half_precision_parameter_near_its_update_is_held_to_what_plain_float32_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Two ulp of the parameter and half a unit of float16's subnormals off, and a little.
+    p, g = 0.0021152496337890625, 0.001934051513671875
+
+    def leaves(shapes: cases.Shapes, seed: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+        value = p if seed == 1 else g
+        return {path: mx.full(shape, value, dtype) for path, shape in shapes.items()}
+
+    monkeypatch.setattr(comparison, "random_leaves", leaves)
+    run_case(dataclasses.replace(HALF_ADAMW, large=False, steps=1), CPU)
+
+
+@pytest.mark.parametrize(
+    ("case", "number", "change"),
+    [(HALF_ADAM, 1, 1e-6), (HALF_ADAMW, 2, 1e-3 / cases.LEARNING_RATE)],
+    ids=["eps", "1 - learning_rate weight_decay"],
+)
+def test_a_constant_that_is_off_by_a_thousandth_shows_in_a_half_precision_parameter(
+    case: cases.Case, number: int, change: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_rule = _ext.adam_rule
+
+    def with_another_constant(*arguments: Any) -> _ext.Rule:
+        changed = list(arguments)
+        changed[number] += change
+        return make_rule(*changed)
+
+    run_case(case, CPU)
+    monkeypatch.setattr(_ext, "adam_rule", with_another_constant)
+    with pytest.raises(comparison.DiscrepancyError, match=": p: "):
+        run_case(case, CPU)
 
 
 def test_an_exception_fails_its_check_and_the_next_one_runs(

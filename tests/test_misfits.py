@@ -134,10 +134,18 @@ MISFITS = [
         ValueError,
         ("w",),
     ),
-    Misfit("list of gradients", lambda g, p: ([ONES], p), (TypeError, ValueError), ()),
-    Misfit("list of parameters", lambda g, p: (g, [ONES]), (TypeError, ValueError), ()),
-    Misfit("one array of gradients", lambda g, p: (ONES, p), (TypeError, ValueError), ()),
-    Misfit("no gradients", lambda g, p: (None, p), TypeError, ("a gradient should be",)),
+    Misfit(
+        "loss with the gradients",
+        lambda g, p: ((ONES, g), p),
+        TypeError,
+        ("gradients should be a dict", "a tuple", "(loss, gradients)", "pass the second"),
+    ),
+    Misfit("list of gradients", lambda g, p: ([ONES], p), TypeError, ("gradients", "a list")),
+    Misfit("list of parameters", lambda g, p: (g, [ONES]), TypeError, ("parameters", "a list")),
+    Misfit("one array of gradients", lambda g, p: (ONES, p), TypeError, ("gradients", "an array")),
+    Misfit("one array", lambda g, p: (g, ONES), TypeError, ("parameters", "an array")),
+    Misfit("no gradients", lambda g, p: (None, p), TypeError, ("gradients", "dict", "None")),
+    Misfit("no parameters", lambda g, p: (g, None), TypeError, ("parameters", "dict", "None")),
 ]
 # These fit each other, but not the tree that the optimizer was initialised with.
 LATE_MISFITS = [

@@ -1,6 +1,7 @@
 """Schedules: the values that MLX documents, float64 at every step, else MLX's behaviour."""
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -179,6 +180,35 @@ def test_far_steps_are_within_one_ulp_of_float64(spec: Spec, step: int) -> None:
         spec = (*spec[:3], max(step // 50, 1))
     rate = rate_after(flatstep.SGD(build(flatstep, spec)), step)
     assert_within_one_ulp(rate, schedule_value(spec, step))
+
+
+@pytest.mark.parametrize(
+    ("init", "decay_rate", "step", "expected"),
+    [
+        (1e-30, 10.0, 40, 1e10),
+        (-1e-37, 10.0, 74, -1e37),
+        (1e30, 0.1, 50, 1e-20),
+        (1e38, 1e-37, 2, 1e-36),
+        (3e38, 0.9999, 3, 3e38 * 0.9999**3),
+        (0.1, 2.0, 131, 0.1 * 2.0**131),
+        (0.1, 2.0, 132, math.inf),
+        (-0.1, 2.0, 10**6, -math.inf),
+        (0.0, 2.0, 10**6, 0.0),
+        (1e-30, 0.1, 30, 0.0),
+    ],
+)
+def test_a_power_may_leave_float32_where_the_rate_does_not(
+    init: float, decay_rate: float, step: int, expected: float
+) -> None:
+    for schedule, at in (
+        (flatstep.exponential_decay(init, decay_rate), step),
+        (flatstep.step_decay(init, decay_rate, 3), 3 * step + 2),
+    ):
+        rate = rate_after(flatstep.SGD(schedule), at)
+        if math.isinf(expected) or expected == 0:
+            assert rate == expected
+        else:
+            assert_within_one_ulp(rate, expected)
 
 
 @pytest.mark.parametrize(

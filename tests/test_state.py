@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from cases import DTYPES, Case, case_id, leaves, random_shapes, random_tree
 from mlx.utils import tree_map, tree_unflatten
-from models import assert_trees_close, assert_trees_equal, every_rule
+from models import assert_trees_close, assert_trees_equal, batch, every_rule, loss, new_model
 
 
 def problem() -> tuple[Any, Any]:
@@ -265,13 +267,61 @@ def compiled(optimizer: optim.AdamW) -> Any:
     return mx.compile(optimizer.apply_gradients, inputs=state, outputs=state)
 
 
-def test_parameters_cast_before_a_compiled_step_are_refused() -> None:
-    optimizer = optim.AdamW(1e-2)
-    params = {"w": mx.ones(3)}
-    optimizer.init(params)
-    params = cast(params, mx.bfloat16)
-    with pytest.raises(ValueError, match=r"w: the parameter is bfloat16 .* optimizer\.init"):
-        compiled(optimizer)(params, params)
+@pytest.mark.parametrize("where", ["before", "between", "inside", "init inside"])
+@pytest.mark.parametrize("value_and_grad", [False, True])
+def test_parameters_cast_since_init_are_refused_in_a_compiled_step(
+    where: str, value_and_grad: bool
+) -> None:
+    optimizer, model = optim.AdamW(1e-2), new_model()
+    optimizer.init(model.trainable_parameters())
+    state = [model.state, optimizer.state]
+
+    def step(x: mx.array) -> None:
+        if "inside" in where:
+            model.set_dtype(mx.bfloat16)
+        if where == "init inside":
+            optimizer.init(model.trainable_parameters())
+        grads: Any = model.trainable_parameters()
+        if value_and_grad:
+            _, grads = nn.value_and_grad(model, loss)(model, x)
+        optimizer.update(model, grads)
+
+    step = mx.compile(step, inputs=state, outputs=state)
+    if where == "between":
+        step(batch(0))
+    if where != "inside":
+        model.set_dtype(mx.bfloat16)
+    with pytest.raises(ValueError, match=r"optimizer\.init\(parameters\) outside the compiled"):
+        step(batch(1))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_compiled_step_that_makes_the_state_may_cast_before(inside: bool) -> None:
+    optimizer, model, eager, expected = (
+        optim.AdamW(1e-2),
+        new_model(),
+        optim.AdamW(1e-2),
+        new_model(),
+    )
+    state = [model.state, optimizer.state]
+    expected.set_dtype(mx.bfloat16)
+
+    def step(x: mx.array) -> None:
+        if inside:
+            model.set_dtype(mx.bfloat16)
+        _, grads = nn.value_and_grad(model, loss)(model, x)
+        optimizer.update(model, grads)
+
+    if not inside:
+        model.set_dtype(mx.bfloat16)
+    step = mx.compile(step, inputs=state, outputs=state)
+    for i in range(4):
+        step(batch(i))
+        _, grads = nn.value_and_grad(expected, loss)(expected, batch(i))
+        eager.update(expected, grads)
+    assert_trees_close(model.parameters(), expected.parameters())
+    assert {segment.dtype for segment in optimizer.layout} == {mx.bfloat16}
+    assert optimizer.step.item() == 4
 
 
 def test_parameters_may_be_cast_between_compiled_steps_with_an_init() -> None:
@@ -296,3 +346,39 @@ def test_leaves_that_a_step_leaves_out_keep_their_dtype_in_the_layout() -> None:
         params.update(optimizer.apply_gradients({name: params[name]}, params))
     before = [segment.dtype for segment in optimizer.layout]
     assert before == [mx.bfloat16, mx.bfloat16]
+
+
+def readme_code(part: str) -> str:
+    """The block of Python in the README that has this in it."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if part in b]
+    return textwrap.dedent(block)
+
+
+@every_rule
+@pytest.mark.parametrize("mixed", [False, True])
+def test_mlx_goes_on_with_a_half_precision_model_as_the_readme_says(
+    case: Case, mixed: bool
+) -> None:
+    model = new_model()
+    model.set_dtype(mx.bfloat16)
+    if mixed:
+        model.layers[0].set_dtype(mx.float16)
+        model.nested["pair"][0].set_dtype(mx.float32)
+    dtypes = {path: p.dtype for path, p in leaves(model.trainable_parameters()).items()}
+    grads = tree_map(mx.ones_like, model.trainable_parameters())
+    optimizer, theirs = case.make(optim), case.make(mlx.optimizers)
+    optimizer.update(model, grads)
+    optimizer.state["step"] = 300
+
+    names = {"optimizer": optimizer, "theirs": theirs, "model": model}
+    exec(readme_code("theirs.state"), names)
+    for step in range(301, 304):
+        theirs.update(model, grads)
+        assert theirs.step.item() == step and theirs.step.dtype == mx.uint64
+    assert theirs.learning_rate.dtype == mx.float32
+    for path, p in leaves(model.trainable_parameters()).items():
+        assert p.dtype == dtypes[path], path
+    for path, value in leaves(theirs.state).items():
+        if path not in ("step", "learning_rate"):
+            assert value.dtype == dtypes[path.rpartition(".")[0]], path

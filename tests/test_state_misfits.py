@@ -100,11 +100,12 @@ BAD_STATES: list[tuple[str, Callable[[Any], Any], type[Exception], tuple[str, ..
         ValueError,
         ("layers.1.junk: ", "array"),
     ),
-    ("no step", lambda state: without(state, "step"), ValueError, ("step",)),
+    ("no step", lambda state: without(state, "step"), ValueError, ("step", "set to a dict of")),
     ("no rate", lambda state: without(state, "learning_rate"), ValueError, ("learning_rate",)),
     ("negative step", lambda state: {**state, "step": -1}, ValueError, ("step", "-1")),
     ("string", lambda state: "state", TypeError, ("state", "dict", "str")),
-    ("None for all", lambda state: None, TypeError, ("state", "dict", "NoneType")),
+    ("None for all", lambda state: None, TypeError, ("state", "dict", "set to None")),
+    ("nothing", lambda state: {}, ValueError, ("'step' and 'learning_rate'", "set to {}")),
 ]
 
 

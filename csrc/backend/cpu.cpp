@@ -154,8 +154,8 @@ class SegmentUpdate {
     } else {
       a.v_in = state_in[0];
       a.v_out = state_out[0];
-      size_t variant = job_.rule.has_weight_decay() + 2 * job_.rule.has_momentum() +
-                       4 * (job_.rule.values.nesterov != 0);
+      size_t momentum = job_.rule.has_momentum + (job_.rule.values.nesterov != 0);
+      size_t variant = job_.rule.has_weight_decay + 2 * momentum;
       loops.sgd[variant](job_.constants.sgd, a, n);
     }
   }

@@ -26,8 +26,8 @@ struct BlockArrays {
 // The loops for parameters and gradients of one dtype.
 struct UpdateLoops {
   void (*adam)(const AdamStep&, const BlockArrays&, size_t n);
-  // Indexed by has_weight_decay + 2 has_momentum + 4 nesterov.
-  void (*sgd[8])(const SgdStep&, const BlockArrays&, size_t n);
+  // Indexed by has_weight_decay + 2 (has_momentum + nesterov), the latter not without the former.
+  void (*sgd[6])(const SgdStep&, const BlockArrays&, size_t n);
 };
 
 struct CpuLoops {

@@ -36,7 +36,7 @@ std::string metal_rule(const Rule& rule) {
     return "Adam";
   }
   auto text = [](bool x) { return std::string(x ? "true" : "false"); };
-  return "Sgd<" + text(rule.has_weight_decay()) + ", " + text(rule.has_momentum()) + ", " +
+  return "Sgd<" + text(rule.has_weight_decay) + ", " + text(rule.has_momentum) + ", " +
          text(rule.values.nesterov) + ">";
 }
 

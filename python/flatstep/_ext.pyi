@@ -77,6 +77,11 @@ MAX_TREE_DEPTH: int = 1000
 def is_tracing() -> bool:
     """True while a function is traced."""
 
+def known_value(array: mlx.core.array) -> float | None:
+    """
+    The value of a floating scalar that is evaluated; None of any other array.
+    """
+
 def step(
     layout: Layout,
     skeleton: object,

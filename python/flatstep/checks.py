@@ -5,7 +5,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from .layout import name_of
+from . import _ext
+from .layout import FLOATING, Layout, name_of, unsupported
+from .walk import CONTAINERS, Keys, build, check_depth, children, inner_like, path_of
+
+# The nearest float32 of a number from here on is infinite.
+FLOAT32_LIMIT = 2.0**128 - 2.0**103
 
 
 def as_number(name: str, value: Any) -> float:
@@ -13,24 +18,108 @@ def as_number(name: str, value: Any) -> float:
         if isinstance(value, (str, bytes)):
             raise TypeError
         return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
         raise TypeError(f"{name} should be a number, {value!r} was provided instead") from None
 
 
+def check_finite(name: str, number: float) -> None:
+    """Raises ValueError when a number is NaN or infinite, or would be as a float32."""
+    if not abs(number) < FLOAT32_LIMIT:
+        raise ValueError(f"{name} should be finite in float32, {number} was provided instead")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for a message that says what came."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def check_tree(name: str, tree: Any) -> None:
+    """Raises TypeError when a tree of parameters or gradients is no dict; a module is one."""
+    if isinstance(tree, dict):
+        return
+    hint = ""
+    if name == "gradients" and isinstance(tree, tuple):
+        hint = "; nn.value_and_grad's function returns (loss, gradients): pass the second of them"
+    raise TypeError(
+        f"{name} should be a dict (or an mlx.nn.Module), {kind_of(tree)} was provided instead{hint}"
+    )
+
+
+def check_parameters(tree: Any) -> None:
+    """Raises TypeError, naming the path, when a tree of parameters has something else in it."""
+    check_tree("parameters", tree)
+    check_depth("parameters", tree)
+
+    def check(keys: Keys, node: Any) -> Any:
+        if isinstance(node, CONTAINERS):
+            return inner_like(node, children(node))
+        return check_array(f"{path_of(keys)}: a parameter", node)
+
+    build(check, tree)
+
+
+def check_state(state: Any) -> None:
+    if not isinstance(state, dict):
+        raise TypeError(f"optimizer.state should be a dict, it was set to {kind_of(state)}")
+    if "step" not in state or "learning_rate" not in state:
+        found = f"a dict of {', '.join(map(repr, state))}" if len(state) else "{}"
+        raise ValueError(
+            f"optimizer.state should have 'step' and 'learning_rate', it was set to {found}"
+        )
+
+
+def check_layout(old: Layout | None, new: Layout) -> None:
+    """Raises ValueError when a trace would give a state another layout: a replay does not."""
+    if old is not None and old.text != new.text and _ext.is_tracing():
+        raise ValueError(
+            "init would lay the state out anew; call optimizer.init(parameters) outside the "
+            "compiled function"
+        )
+
+
+def check_array(name: str, value: Any) -> None:
+    if not isinstance(value, mx.array):
+        raise TypeError(f"{name} should be an mlx.core.array, {value!r} was provided instead")
+
+
+def check_flat_arrays(arrays: dict[str, Any]) -> None:
+    """Of the arrays of ``flat_update`` by their names, the parameter first."""
+    parameter = arrays["parameter"]
+    for name, array in arrays.items():
+        check_array(f"flat_update: {name}", array)
+        if parameter.ndim != 1:
+            raise ValueError(
+                "flat_update: parameter should be one-dimensional, one of shape "
+                f"{tuple(parameter.shape)} was provided instead"
+            )
+        if array.shape != parameter.shape:
+            raise ValueError(
+                f"flat_update: {name} should have the parameter's shape {tuple(parameter.shape)}, "
+                f"one of {tuple(array.shape)} was provided instead"
+            )
+        if array.dtype not in FLOATING:
+            raise unsupported(f"flat_update: {name}", array.dtype)
+
+
 def as_learning_rate(value: Any) -> mx.array:
-    """A float32 scalar, as the kernels read it."""
+    """A float32 scalar, as the kernels read it. An array that is not evaluated is not looked at."""
     if isinstance(value, mx.array):
         if value.size != 1 or value.dtype == mx.complex64:
             raise ValueError(
                 f"learning_rate should be one real number, an array of shape {tuple(value.shape)} "
                 f"and {name_of(value.dtype)} was provided instead"
             )
+        known = _ext.known_value(value)
+        if known is not None:
+            check_finite("learning_rate", known)
         if value.dtype == mx.float32 and value.ndim == 0:
             return value
         return value.astype(mx.float32).reshape(())
     number = as_number("learning_rate", value)
-    if not math.isfinite(number):
-        raise ValueError(f"learning_rate should be finite, {value} was provided instead")
+    check_finite("learning_rate", number)
     return mx.array(number, mx.float32)
 
 

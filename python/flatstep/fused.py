@@ -8,8 +8,17 @@ from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
 from . import _ext
-from .checks import as_learning_rate, as_step
-from .layout import FLOATING, Layout, Segment, name_of, unsupported
+from .checks import (
+    as_learning_rate,
+    as_step,
+    check_array,
+    check_flat_arrays,
+    check_layout,
+    check_parameters,
+    check_state,
+    check_tree,
+)
+from .layout import FLOATING, Layout, Segment, name_of
 from .schedulers import plain_schedule
 from .state import State
 from .trees import matching_part
@@ -30,6 +39,9 @@ class FlatUpdate(NamedTuple):
 class FusedOptimizer(Optimizer):
     """What SGD, Adam and AdamW share: an ``mlx.optimizers.Optimizer`` whose update is one pass.
 
+    Each is a subclass of its namesake in MLX too, for ``isinstance`` only: ``Optimizer`` is named
+    here where ``super()`` would be that class.
+
     Args:
         learning_rate (float or callable): The learning rate, or a schedule of it.
         state_dtype (mx.Dtype, optional): How the state is stored: ``mx.float32``, ``mx.float16`` or
@@ -41,7 +53,7 @@ class FusedOptimizer(Optimizer):
     slots: tuple[str, ...] = ()
 
     def __init__(self, learning_rate: LearningRate, state_dtype: mx.Dtype | None = None):
-        super().__init__()
+        Optimizer.__init__(self)
         if state_dtype is not None and state_dtype not in FLOATING:
             raise ValueError(
                 f"state_dtype should be mx.float32, mx.float16 or mx.bfloat16, {state_dtype!r} was "
@@ -86,12 +98,15 @@ class FusedOptimizer(Optimizer):
             >>> optimizer.state.keys()
             dict_keys(['step', 'learning_rate', 'weight', 'bias'])
         """
-        if self._is_customised:
-            self._state = self._plain_state()
-            super().init(parameters)
-            return
+        check_tree("parameters", parameters)
         state = self._usable_state()
-        state.commit(*state.make_flat(parameters, self.slots, self._state_dtype), {})
+        if self._is_customised:
+            self._state = State(plain(state))
+            Optimizer.init(self, parameters)
+            return
+        layout, flat = state.make_flat(parameters, self.slots, self._state_dtype)
+        check_layout(state.layout, layout)
+        state.commit(layout, flat, {})
         self._initialized = True
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
@@ -120,8 +135,11 @@ class FusedOptimizer(Optimizer):
             >>> optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.zeros(2)})
             {'w': array([-0.5, -0.5], dtype=float32)}
         """
+        check_tree("gradients", gradients)
+        check_tree("parameters", parameters)
         if self._is_customised:
-            return super().apply_gradients(gradients, parameters)
+            self._usable_state()
+            return Optimizer.apply_gradients(self, gradients, parameters)
         if type(self).init is not FusedOptimizer.init and not self._initialized:
             self.init(matching_part(gradients, parameters))
 
@@ -153,6 +171,7 @@ class FusedOptimizer(Optimizer):
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         """Initialize the state of one parameter; for subclasses that extend it."""
+        check_array("init_single: parameter", parameter)
         for slot in self.slots:
             state[slot] = mx.zeros(parameter.shape, self._state_dtype)
 
@@ -165,6 +184,8 @@ class FusedOptimizer(Optimizer):
         """
         rule = self.rule()
         used = self.slots[: rule.num_slots]
+        for name, array in (("gradient", gradient), ("parameter", parameter)):
+            check_array(f"apply_single: {name}", array)
         updated, values, _, _ = _ext.single_step(
             parameter,
             gradient,
@@ -182,7 +203,7 @@ class FusedOptimizer(Optimizer):
         """The optimizer's state: ``step`` (uint64), ``learning_rate`` (float32) and a tree of the
         parameters' structure with a dict of arrays for each parameter.
 
-        The arrays are views of the flat state, made when asked for. Set it to a tree of this
+        The arrays are made of the flat state when asked for. Set it to a tree of this
         optimizer, of the same class of ``mlx.optimizers``, or to what a compiled function returned.
         """
         return self._state
@@ -191,6 +212,8 @@ class FusedOptimizer(Optimizer):
     def state(self, state: Any) -> None:
         adopted = State.adopt(state)
         layout = adopted.layout if isinstance(adopted, State) else None
+        if isinstance(adopted, State) and "learning_rate" in adopted:
+            as_learning_rate(adopted["learning_rate"])
         if layout is not None and layout.slots != self.slots:
             raise ValueError(
                 f"state of an optimizer that keeps {', '.join(layout.slots)} was set on "
@@ -230,14 +253,15 @@ class FusedOptimizer(Optimizer):
             parameters (dict): A Python tree of parameters, or a part of it.
 
         Raises:
+            TypeError: the tree is no dict, or a leaf no array.
             ValueError: the tree does not fit the layout; the message names the path.
         """
+        tree = parameters.parameters() if isinstance(parameters, Module) else parameters
+        check_parameters(tree)
         layout = self._state.layout if isinstance(self._state, State) else None
         if layout is None:
             return False
-        if isinstance(parameters, Module):
-            parameters = parameters.parameters()
-        return _ext.are_flat(layout.engine, layout.skeleton, parameters)
+        return _ext.are_flat(layout.engine, layout.skeleton, tree)
 
     def flat_update(
         self,
@@ -286,18 +310,8 @@ class FusedOptimizer(Optimizer):
                 f"flat_update: {type(self).__name__} takes {len(names)} state arrays "
                 f"{names}, {len(state)} were provided"
             )
-        named = dict(zip(names, state, strict=True))
-        arrays = {"parameter": parameter, "gradient": gradient, **named}
-        for name, array in arrays.items():
-            if not isinstance(array, mx.array):
-                raise TypeError(f"flat_update: {name} should be an mlx.core.array, got {array!r}")
-            if array.ndim != 1 or array.shape != parameter.shape:
-                raise ValueError(
-                    f"flat_update: {name} of shape {tuple(array.shape)} should have the "
-                    f"parameter's, which should be one-dimensional and is {tuple(parameter.shape)}"
-                )
-            if array.dtype not in FLOATING:
-                raise unsupported(f"flat_update: {name}", array.dtype)
+        slots = dict(zip(names, state, strict=True))
+        check_flat_arrays({"parameter": parameter, "gradient": gradient, **slots})
         count = as_step(step)
         plain = None
         if learning_rate is None:
@@ -371,7 +385,7 @@ class FusedOptimizer(Optimizer):
 
     def _maybe_schedule(self, name: str, parameter: Any) -> None:
         if name != "learning_rate":
-            super()._maybe_schedule(name, parameter)
+            Optimizer._maybe_schedule(self, name, parameter)
         elif callable(parameter):
             self._schedulers[name] = parameter
             plain = plain_schedule(parameter)
@@ -381,15 +395,6 @@ class FusedOptimizer(Optimizer):
 
     def _usable_state(self) -> State:
         state = self._state
-        if not isinstance(state, State):
-            raise TypeError(
-                f"optimizer.state should be a dict, it was set to a {type(state).__name__}"
-            )
-        for key in ("step", "learning_rate"):
-            if key not in state:
-                raise ValueError(f"optimizer.state has no {key!r}; it was set to {list(state)}")
+        check_state(state)
+        assert isinstance(state, State)
         return state
-
-    def _plain_state(self) -> Any:
-        """The state as MLX's own loop wants it: nothing flat."""
-        return State(plain(self._state)) if isinstance(self._state, State) else self._state

@@ -1,8 +1,10 @@
 """SGD, Adam and AdamW with the interface of ``mlx.optimizers``, on the fused engine."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as mlx_optimizers
 
 from . import _ext
 from .checks import as_number
@@ -11,7 +13,7 @@ from .fused import FlatUpdate, FusedOptimizer, LearningRate
 __all__ = ["SGD", "Adam", "AdamW", "FlatUpdate", "FusedOptimizer"]
 
 
-class SGD(FusedOptimizer):
+class SGD(FusedOptimizer, mlx_optimizers.SGD):
     r"""The stochastic gradient descent optimizer.
 
     Updates a parameter :math:`w` with a gradient :math:`g` as follows
@@ -34,7 +36,7 @@ class SGD(FusedOptimizer):
         state_dtype (mx.Dtype, optional): How ``v`` is stored. Default: ``mx.float32``
 
     Raises:
-        ValueError: an argument is NaN, infinite or out of its range.
+        ValueError: an argument is not finite in float32, or out of its range.
 
     Source: ``mlx.optimizers.SGD``.
 
@@ -73,7 +75,7 @@ class SGD(FusedOptimizer):
         )
 
 
-class Adam(FusedOptimizer):
+class Adam(FusedOptimizer, mlx_optimizers.Adam):
     r"""The Adam optimizer [1]. In detail,
 
     [1]: Kingma, D.P. and Ba, J., 2015. Adam: A method for stochastic optimization. ICLR 2015.
@@ -98,7 +100,7 @@ class Adam(FusedOptimizer):
         state_dtype (mx.Dtype, optional): How ``m`` and ``v`` are stored. Default: ``mx.float32``
 
     Raises:
-        ValueError: an argument is NaN, infinite or out of its range.
+        ValueError: an argument is not finite in float32, or out of its range.
 
     Source: ``mlx.optimizers.Adam``.
 
@@ -121,7 +123,7 @@ class Adam(FusedOptimizer):
         state_dtype: mx.Dtype | None = None,
     ):
         super().__init__(learning_rate, state_dtype)
-        self.betas = betas
+        self.betas: Any = betas
         self.eps = eps
         self.bias_correction = bias_correction
         self._adam_rule(0.0)
@@ -144,7 +146,7 @@ class Adam(FusedOptimizer):
         )
 
 
-class AdamW(Adam):
+class AdamW(Adam, mlx_optimizers.AdamW):
     r"""The AdamW optimizer [1]: Adam with a weight decay :math:`\lambda` of its own.
 
     [1]: Loshchilov, I. and Hutter, F., 2019. Decoupled weight decay regularization. ICLR 2019.
@@ -167,7 +169,7 @@ class AdamW(Adam):
         state_dtype (mx.Dtype, optional): How ``m`` and ``v`` are stored. Default: ``mx.float32``
 
     Raises:
-        ValueError: an argument is NaN, infinite or out of its range.
+        ValueError: an argument is not finite in float32, or out of its range.
 
     Source: ``mlx.optimizers.AdamW``.
 

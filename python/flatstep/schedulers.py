@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.optimizers as mlx_optimizers
 
 from . import _ext
+from .checks import as_number, check_finite
 
 ScheduleFunction = Callable[[Any], Any]
 
@@ -60,7 +61,7 @@ def exponential_decay(init: float, decay_rate: float) -> Schedule:
         decay_rate (float): Multiplicative factor to decay by.
 
     Raises:
-        ValueError: an argument is NaN.
+        ValueError: an argument is not finite in float32.
 
     Source: ``mlx.optimizers.exponential_decay``.
 
@@ -71,7 +72,7 @@ def exponential_decay(init: float, decay_rate: float) -> Schedule:
         >>> optimizer.learning_rate
         array(0.06561, dtype=float32)
     """
-    _check_numbers("exponential_decay", init=init, decay_rate=decay_rate)
+    _check_rates("exponential_decay", init=init, decay_rate=decay_rate)
     plain = None
     if _are_numbers(init, decay_rate):
         plain = _ext.exponential_decay(init, decay_rate, 1)
@@ -89,7 +90,7 @@ def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
         step_size (int): Decay every ``step_size`` steps.
 
     Raises:
-        ValueError: ``step_size`` is less than 1, or an argument is NaN.
+        ValueError: ``step_size`` is less than 1, or a rate is not finite in float32.
 
     Source: ``mlx.optimizers.step_decay``.
 
@@ -100,7 +101,8 @@ def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
         >>> optimizer.learning_rate
         array(0.081, dtype=float32)
     """
-    _check_numbers("step_decay", init=init, decay_rate=decay_rate, step_size=step_size)
+    _check_rates("step_decay", init=init, decay_rate=decay_rate)
+    _check_numbers("step_decay", step_size=step_size)
     function = mlx_optimizers.step_decay(init, decay_rate, step_size)
     plain = None
     if _are_numbers(init, decay_rate) and _is_whole(step_size):
@@ -118,7 +120,7 @@ def cosine_decay(init: float, decay_steps: int, end: float = 0.0) -> Schedule:
         end (float, optional): Final value to decay to. Default: ``0``.
 
     Raises:
-        ValueError: ``decay_steps`` is less than 1, or an argument is NaN.
+        ValueError: ``decay_steps`` is less than 1, or a rate is not finite in float32.
 
     Source: ``mlx.optimizers.cosine_decay``.
 
@@ -129,7 +131,8 @@ def cosine_decay(init: float, decay_steps: int, end: float = 0.0) -> Schedule:
         >>> optimizer.learning_rate
         array(0.0999961, dtype=float32)
     """
-    _check_numbers("cosine_decay", init=init, decay_steps=decay_steps, end=end)
+    _check_rates("cosine_decay", init=init, end=end)
+    _check_numbers("cosine_decay", decay_steps=decay_steps)
     function = mlx_optimizers.cosine_decay(init, decay_steps, end)
     plain = None
     if _are_numbers(init, end) and _is_whole(decay_steps):
@@ -147,7 +150,7 @@ def linear_schedule(init: float, end: float, steps: int) -> Schedule:
         steps (int): Number of steps to apply the schedule over. The value is ``end`` beyond them.
 
     Raises:
-        ValueError: ``steps`` is less than 1, or an argument is NaN.
+        ValueError: ``steps`` is less than 1, or a rate is not finite in float32.
 
     Source: ``mlx.optimizers.linear_schedule``.
 
@@ -158,7 +161,8 @@ def linear_schedule(init: float, end: float, steps: int) -> Schedule:
         >>> optimizer.learning_rate
         array(0.1, dtype=float32)
     """
-    _check_numbers("linear_schedule", init=init, end=end, steps=steps)
+    _check_rates("linear_schedule", init=init, end=end)
+    _check_numbers("linear_schedule", steps=steps)
     function = mlx_optimizers.linear_schedule(init, end, steps)
     plain = None
     if _are_numbers(init, end) and _is_whole(steps):
@@ -218,9 +222,23 @@ def _check_numbers(function: str, **arguments: Any) -> None:
             raise ValueError(f"{function}: {name} should be a number, {value} was provided instead")
 
 
+def _check_rates(function: str, **arguments: Any) -> None:
+    """That they, and how far they are apart, are finite in float32, as far as they are known."""
+    _check_numbers(function, **arguments)
+    known = []
+    for name, value in arguments.items():
+        is_array = isinstance(value, mx.array)
+        number = _ext.known_value(value) if is_array else as_number(name, value)
+        if number is not None:
+            check_finite(f"{function}: {name}", number)
+            known.append(number)
+    if "end" in arguments and len(known) == 2:
+        check_finite(f"{function}: end - init", known[1] - known[0])
+
+
 def _are_numbers(*values: Any) -> bool:
-    return all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+    return all(isinstance(v, (int, float)) for v in values)
 
 
 def _is_whole(value: Any) -> bool:
-    return _are_numbers(value) and value == int(value) and abs(value) < 2**62
+    return _are_numbers(value) and abs(value) < 2**62 and value == int(value)

@@ -81,10 +81,6 @@ def merge_trees(
         make = tuple if isinstance(kind, tuple) else list
         return Inner(lambda made: make(made.values()), enumerate(zip(ours, theirs, strict=True)))
 
-    if not isinstance(parameters, dict):
-        raise TypeError(
-            f"parameters should be a dict (or a module), {type(parameters).__name__} was provided"
-        )
     check_depth("parameters", parameters)
     for name in RESERVED:
         if name in parameters:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import reference
 from cases import Case, random_values
+from flatstep.diagnosis.formulas import allowed_ulps
 from numpy.typing import NDArray
 from simulator import bfloat16_bits, from_bfloat16_bits, guarded_array
 
@@ -269,7 +270,7 @@ class Update:
     def _has_state(self) -> bool:
         return self.case.rule != "SGD" or self.case.arguments.get("momentum", 0) > 0
 
-    def check(self, ulps: float = 2.0) -> None:
+    def check(self) -> None:
         """Every leaf is what float64 says, and the gaps are as they were."""
         for number, leaf in enumerate(self.leaves):
             arrays = {"g": leaf.values}
@@ -284,7 +285,9 @@ class Update:
                     continue
                 stored, at = self.types["pmv".index(slot)], offsets[number]
                 got = (self.p_out if slot == "p" else getattr(self, slot))[at : at + leaf.size]
-                reference.assert_sum(stored.to_mx(got), terms[slot], ulps)
+                result = stored.to_mx(got)
+                ulps = allowed_ulps(self.case.rule, slot, result.dtype)
+                reference.assert_sum(result, terms[slot], ulps)
         for slot, offsets in self._slots():
             flat = self.p_out if slot == "p" else getattr(self, slot)
             gap = np.ones(flat.size, bool)

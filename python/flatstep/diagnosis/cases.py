@@ -154,7 +154,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9, "weight_decay": 0.01, "dampening": 0.3}),
     ("SGD", {"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}),
     ("Adam", {}),
-    ("Adam", {"betas": (0.8, 0.95), "eps": 1e-6, "bias_correction": True}),
+    ("Adam", {"betas": (0.8, 0.95), "eps": 1e-3, "bias_correction": True}),
     ("AdamW", {"weight_decay": 0.1}),
     ("AdamW", {"weight_decay": 0.1, "bias_correction": True}),
 ]

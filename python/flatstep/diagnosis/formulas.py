@@ -1,8 +1,8 @@
 """The update rules and the schedules in MLX's float64, and how far from them a result may lie.
 
 A rule returns, for each array that it updates, the terms whose sum is the new value. The terms are
-kept apart because an error is measured in ulp of the largest of them: where terms cancel, the sum
-is small but the rounding of what was summed is not.
+kept apart because an error is measured in ulp of the largest of them and their sum: where terms
+cancel, the sum is small but the rounding of what was summed is not.
 
 MLX has float64 on the CPU only: call these under ``with mx.stream(mx.cpu):``.
 """
@@ -17,6 +17,10 @@ Terms = list[mx.array]
 
 # Bits of the significand, the leading one included, and the exponent of the smallest subnormal.
 _FORMATS = {mx.float32: (24, -149), mx.float16: (11, -24), mx.bfloat16: (8, -133)}
+
+# How far a float32 result may be off; docs/numerics.md says why.
+PAIR_ULPS = 2.0
+PLAIN_ULPS = 16.0
 
 
 def sgd(
@@ -91,6 +95,20 @@ def step_decay(step: int, init: float, decay_rate: float, step_size: int) -> flo
     return init * decay_rate ** (step // step_size)
 
 
+def allowed_ulps(rule: str, name: str, dtype: mx.Dtype) -> float:
+    """How many float32 ulp an array of a rule may be off before it is rounded to `dtype`."""
+    is_plain = rule != "SGD" and name == "p" and dtype != mx.float32
+    return PLAIN_ULPS if is_plain else PAIR_ULPS
+
+
+def tolerance(terms: Terms, dtype: mx.Dtype, ulps: float) -> mx.array:
+    """How far from the terms' sum a `dtype` may be when its float32 is within so many ulp."""
+    off = ulps * ulp(largest(terms), mx.float32)
+    if dtype == mx.float32:
+        return off
+    return off + 0.5 * ulp(mx.abs(total(terms)) + off, dtype)
+
+
 def total(terms: Terms) -> mx.array:
     result = terms[0]
     for term in terms[1:]:
@@ -99,9 +117,9 @@ def total(terms: Terms) -> mx.array:
 
 
 def largest(terms: Terms) -> mx.array:
-    """The magnitude of the largest term, element by element."""
-    result = mx.abs(terms[0])
-    for term in terms[1:]:
+    """The magnitude of the largest term, or of the sum if that is larger, element by element."""
+    result = mx.abs(total(terms))
+    for term in terms:
         result = mx.maximum(result, mx.abs(term))
     return result
 
