@@ -128,5 +128,5 @@ def views(
     | None = None,
 ) -> list[mlx.core.array]:
     """
-    Parts of a flat array, given as (shape, first element), sharing its memory.
+    Parts of a flat array, given as (shape, first element). They share its memory unless they would keep much of it that is not theirs.
     """
