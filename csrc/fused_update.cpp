@@ -126,34 +126,22 @@ bool is_tracing() {
 Home::Home(const BucketPlan& plan, const mx::array* parameters)
     : plan_(plan), parameters_(parameters) {
   size_t n = plan.segments.size();
-  const mx::array::Data* seen = nullptr;
   for (size_t i = 0; i < n && count_ == 0; ++i) {
     const mx::array& p = parameters[i];
-    if (p.size() == 0 || p.data_shared_ptr().get() == seen || !is_whole(p)) {
+    if (p.size() == 0 || p.data_shared_ptr().get() == memory_ || !is_whole(p)) {
       continue;
     }
-    seen = p.data_shared_ptr().get();
-    int64_t begin = start(i);
+    memory_ = p.data_shared_ptr().get();
+    start_ = start(i);
     size_t bytes = plan.p_blocks * kBlock * p.itemsize();
-    if (begin >= 0 && begin % kAlignment == 0 &&
-        p.buffer_size() >= static_cast<size_t>(begin) + bytes) {
+    if (start_ >= 0 && start_ % kAlignment == 0 &&
+        p.buffer_size() >= static_cast<size_t>(start_) + bytes) {
       first_ = i;
       for (size_t k = 0; k < n; ++k) {
         count_ += has(k);
       }
     }
   }
-}
-
-int64_t Home::start(size_t i) const {
-  const mx::array& p = parameters_[i];
-  return p.offset() - static_cast<int64_t>(plan_.segments[i].p_offset * p.itemsize());
-}
-
-bool Home::has(size_t i) const {
-  const mx::array& p = parameters_[i];
-  return p.data_shared_ptr() == memory() && start(i) == start(first_) && p.flags().row_contiguous &&
-         p.data_size() == p.size();
 }
 
 void Home::share(mx::array& flat) const {
@@ -193,13 +181,15 @@ UpdateOutputs fused_update(
     dtypes.push_back(state.dtype());
     own.push_back(std::move(state));
   }
+  std::vector<mx::array> parameters;
   std::vector<mx::array> gradients;
+  parameters.reserve(node->num_segments());
   gradients.reserve(node->num_segments());
   for (const Segment& segment : plan->segments) {
-    own.push_back(std::move(in.parameters[segment.position]));
+    parameters.push_back(std::move(in.parameters[segment.position]));
     gradients.push_back(std::move(in.gradients[segment.position]));
   }
-  auto inputs = node->connect(std::move(own), std::move(gradients));
+  auto inputs = node->connect(std::move(own), std::move(parameters), std::move(gradients));
   auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
   UpdateOutputs result{std::move(outputs[0]), {}};
   std::move(outputs.begin() + 1, outputs.end(), std::back_inserter(result.state));
@@ -207,36 +197,37 @@ UpdateOutputs fused_update(
 }
 
 std::vector<mx::array> FusedUpdate::connect(
-    std::vector<mx::array> own, std::vector<mx::array> gradients) {
-  if (!is_tracing()) {
-    bool holds = holds_operands(stream().device);
-    if (are_available(own)) {
-      auto leaves = own.begin() + static_cast<long>(first_parameter_operand());
-      Home home(*plan_, &*leaves);
-      if (home.has_all()) {
-        mx::array flat(plan_->p_shape(), plan_->dtype, nullptr, {});
-        home.share(flat);
-        flat.set_status(mx::array::Status::available);
-        leaves_.assign(std::make_move_iterator(leaves), std::make_move_iterator(own.end()));
-        own.erase(leaves, own.end());
-        own.push_back(std::move(flat));
-        has_flat_parameters_ = true;
-      }
-      if (holds) {
-        held_ = std::make_shared<const std::vector<mx::array>>(std::exchange(own, {}));
-      }
-    }
-    if (holds && are_available(gradients)) {
-      held_gradients_ =
-          std::make_shared<const std::vector<mx::array>>(std::exchange(gradients, {}));
+    std::vector<mx::array> own,
+    std::vector<mx::array> parameters,
+    std::vector<mx::array> gradients) {
+  auto append = [](std::vector<mx::array>& to, std::vector<mx::array>& from) {
+    to.insert(to.end(), std::make_move_iterator(from.begin()), std::make_move_iterator(from.end()));
+  };
+  bool is_live = !is_tracing();
+  bool holds = is_live && holds_operands(stream().device);
+  bool is_available = is_live && are_available(own) && are_available(parameters);
+  if (is_available) {
+    Home home(*plan_, parameters.data());
+    has_flat_parameters_ = home.has_all();
+    if (has_flat_parameters_) {
+      own.push_back(mx::array(plan_->p_shape(), plan_->dtype, nullptr, {}));
+      mx::array& flat = own.back();
+      home.share(flat);
+      flat.set_status(mx::array::Status::available);
+      leaves_ = std::move(parameters);
     }
   }
-  std::vector<mx::array> inputs = std::move(own);
-  inputs.insert(
-      inputs.end(),
-      std::make_move_iterator(gradients.begin()),
-      std::make_move_iterator(gradients.end()));
-  return inputs;
+  if (!has_flat_parameters_) {
+    append(own, parameters);
+  }
+  if (is_available && holds) {
+    held_ = std::make_shared<const std::vector<mx::array>>(std::exchange(own, {}));
+  }
+  if (holds && are_available(gradients)) {
+    held_gradients_ = std::make_shared<const std::vector<mx::array>>(std::exchange(gradients, {}));
+  }
+  append(own, gradients);
+  return own;
 }
 
 bool FusedUpdate::place_outputs(
@@ -272,20 +263,19 @@ bool FusedUpdate::place_parameters(
       has_flat_parameters_ ? leaves_.data() : &operand(inputs, first_parameter_operand());
   long leaf_uses = has_flat_parameters_ ? 1 : own_uses;
   Home home(*plan_, leaves);
-  auto held = [&] {
-    std::vector<size_t> result;
-    for (size_t i = 0; i < num_segments(); ++i) {
-      if (home.has(i) && descriptor_uses(leaves[i]) != leaf_uses) {
-        result.push_back(plan_->segments[i].leaf);
-      }
-    }
-    return result;
-  };
   // What is still queued holds what it reads, on a GPU until its command buffer has run; nothing
   // else keeps an update in place behind the work that reads the old values.
   auto is_alone = [&] {
     auto uses = static_cast<long>(home.count()) + has_flat_parameters_;
-    return home.memory().use_count() == uses && held().empty();
+    if (home.memory().use_count() != uses) {
+      return false;
+    }
+    for (size_t i = 0; i < num_segments(); ++i) {
+      if (descriptor_uses(leaves[i]) != leaf_uses && home.has(i)) {
+        return false;
+      }
+    }
+    return true;
   };
   if (home.is_there() && !is_alone()) {
     settle();
@@ -298,10 +288,15 @@ bool FusedUpdate::place_parameters(
   allocate(out);
   ++counters().parameters_fresh;
   if (home.is_there()) {
+    std::vector<size_t> held;
+    for (size_t i = 0; i < num_segments(); ++i) {
+      if (descriptor_uses(leaves[i]) != leaf_uses && home.has(i)) {
+        held.push_back(plan_->segments[i].leaf);
+      }
+    }
     // On a GPU the work that reads the parameters holds their memory at every step.
-    bool is_known = holds_operands(stream().device) || !held().empty();
-    if (is_known) {
-      plan_->kept->suspect(home.memory(), held(), plan_->p_blocks);
+    if (holds_operands(stream().device) || !held.empty()) {
+      plan_->kept->suspect(home.memory(), held, plan_->p_blocks);
     } else {
       plan_->kept->watch(home.memory(), plan_->p_blocks);
     }

@@ -61,7 +61,11 @@ class Home {
     return count_ > 0;
   }
   // Whether the parameter of this segment lies in it.
-  bool has(size_t i) const;
+  bool has(size_t i) const {
+    const mx::array& p = parameters_[i];
+    return p.data_shared_ptr().get() == memory_ && start(i) == start_ && p.flags().row_contiguous &&
+           p.data_size() == p.size();
+  }
   bool has_all() const {
     return is_there() && count_ == plan_.segments.size();
   }
@@ -76,10 +80,15 @@ class Home {
 
  private:
   // Where the flat array starts if this parameter lies in its place in it, in bytes.
-  int64_t start(size_t i) const;
+  int64_t start(size_t i) const {
+    const mx::array& p = parameters_[i];
+    return p.offset() - static_cast<int64_t>(plan_.segments[i].p_offset * p.itemsize());
+  }
 
   const BucketPlan& plan_;
   const mx::array* parameters_;
+  const mx::array::Data* memory_{nullptr};
+  int64_t start_{0};
   size_t first_{0};  // of those in it
   size_t count_{0};
 };
@@ -103,8 +112,11 @@ class FusedUpdate : public mx::Primitive {
       : mx::Primitive(stream), plan_(std::move(plan)), rule_(rule), schedule_(std::move(schedule)) {
   }
 
-  // Holds what may be held; the rest are the inputs. `own` are all operands but the gradients.
-  std::vector<mx::array> connect(std::vector<mx::array> own, std::vector<mx::array> gradients);
+  // Holds what may be held; the rest are the inputs. `own` are all operands before the parameters.
+  std::vector<mx::array> connect(
+      std::vector<mx::array> own,
+      std::vector<mx::array> parameters,
+      std::vector<mx::array> gradients);
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;

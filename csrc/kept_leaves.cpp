@@ -7,7 +7,7 @@ namespace flatstep {
 // More steps than are queued at once.
 constexpr size_t kWatched = 8;
 
-void KeptLeaves::review() {
+void KeptLeaves::clear_suspects() {
   std::lock_guard lock(mutex_);
   if (memory_.expired()) {
     for (size_t leaf : suspects_) {
@@ -15,6 +15,7 @@ void KeptLeaves::review() {
     }
   }
   suspects_.clear();
+  has_suspects_ = false;
 }
 
 void KeptLeaves::suspect(const Memory& memory, const std::vector<size_t>& held, size_t whole) {
@@ -38,6 +39,7 @@ void KeptLeaves::watch(const Memory& memory, size_t whole) {
     if (!watched_.front().expired()) {
       set_apart(whole, whole);
       suspects_.clear();
+      has_suspects_ = false;
     }
     watched_.pop_front();
   }
@@ -50,6 +52,7 @@ void KeptLeaves::set_apart(size_t largest, size_t whole) {
       suspects_.push_back(leaf);
     }
   }
+  has_suspects_ = !suspects_.empty();
 }
 
 }  // namespace flatstep

@@ -36,7 +36,11 @@ class KeptLeaves {
 
   // Before each update of the bucket. Who held a leaf at the last one, as the rest of a graph does,
   // may have let it go since; but if the memory is still there, somebody keeps it.
-  void review();
+  void review() {
+    if (has_suspects_) {
+      clear_suspects();
+    }
+  }
 
   // The bucket cannot be updated in place in this memory, of `whole` blocks, because somebody holds
   // these leaves; none: because somebody holds the memory, by a slice of a leaf.
@@ -48,6 +52,7 @@ class KeptLeaves {
   void watch(const Memory& memory, size_t whole);
 
  private:
+  void clear_suspects();
   // Those up to this size, but for leaves that are most of the memory.
   void set_apart(size_t largest, size_t whole);
 
@@ -57,6 +62,7 @@ class KeptLeaves {
   std::deque<std::weak_ptr<mx::array::Data>> watched_;
   // Since the last update: the leaves that it has set apart, and the memory that was held.
   std::vector<size_t> suspects_;
+  std::atomic<bool> has_suspects_{false};
   std::weak_ptr<mx::array::Data> memory_;
 };
 

@@ -69,14 +69,14 @@ std::shared_ptr<const std::atomic<bool>> always() {
   return instance;
 }
 
-std::vector<std::optional<mx::array>> View::place_outputs(
+std::vector<View::Copy> View::place_outputs(
     const mx::array& flat, std::vector<mx::array>& outputs) const {
   // State that no step has touched yet is one zero, broadcast.
   bool is_one_element = flat.size() > 1 && flat.data_size() == 1;
   if (!is_one_element && !flat.flags().row_contiguous) {
     throw std::runtime_error("[view] the flat array is not contiguous.");
   }
-  std::vector<std::optional<mx::array>> copies(outputs.size());
+  std::vector<Copy> copies;
   for (size_t i = 0; i < outputs.size(); ++i) {
     mx::array& out = outputs[i];
     if (is_one_element) {
@@ -91,13 +91,15 @@ std::vector<std::optional<mx::array>> View::place_outputs(
     mx::array::Flags flags{/* contiguous */ true,
                            /* row_contiguous */ true,
                            /* col_contiguous */ dimensions_over_one <= 1};
-    bool is_apart = spec(i).is_apart && *spec(i).is_apart;
-    if (is_apart) {
-      copies[i].emplace(out.shape(), out.dtype(), nullptr, std::vector<mx::array>{});
+    auto first = static_cast<int64_t>(spec(i).offset);
+    if (spec(i).is_apart && *spec(i).is_apart) {
+      mx::array part(out.shape(), out.dtype(), nullptr, {});
+      part.copy_shared_buffer(flat, strides, flags, out.size(), first);
+      copies.push_back({i, std::move(part)});
       allocate(out);
+    } else {
+      out.copy_shared_buffer(flat, strides, flags, out.size(), first);
     }
-    mx::array& view = is_apart ? *copies[i] : out;
-    view.copy_shared_buffer(flat, strides, flags, out.size(), static_cast<int64_t>(spec(i).offset));
   }
   return copies;
 }

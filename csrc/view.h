@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "mlx/primitives.h"
@@ -57,10 +56,14 @@ class View : public mx::Primitive {
   bool is_equivalent(const mx::Primitive& other) const override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
 
-  // Gives each output its memory. Returns what is to be copied there: for each output that is
-  // apart its part of the flat array, and for the others nothing.
-  std::vector<std::optional<mx::array>> place_outputs(
-      const mx::array& flat, std::vector<mx::array>& outputs) const;
+  // An output that is apart, by its number, and its part of the flat array.
+  struct Copy {
+    size_t output;
+    mx::array part;
+  };
+
+  // Gives each output its memory. Returns what is to be copied.
+  std::vector<Copy> place_outputs(const mx::array& flat, std::vector<mx::array>& outputs) const;
 
  private:
   const ViewSpec& spec(size_t i) const {

@@ -15,13 +15,9 @@ void cpu_view(View& view, const std::vector<mx::array>& inputs, std::vector<mx::
     size_t bytes;
   };
   std::vector<Copy> copies;
-  auto parts = view.place_outputs(inputs[0], outputs);
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    if (parts[i]) {
-      mx::array& out = outputs[i];
-      copies.push_back(
-          {out.data_shared_ptr(), out.data<char>(), parts[i]->data<char>(), out.nbytes()});
-    }
+  for (auto& [i, part] : view.place_outputs(inputs[0], outputs)) {
+    mx::array& out = outputs[i];
+    copies.push_back({out.data_shared_ptr(), out.data<char>(), part.data<char>(), out.nbytes()});
   }
   if (!copies.empty()) {
     auto& encoder = mx::cpu::get_command_encoder(view.stream());

@@ -295,13 +295,10 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx:
 }
 
 void View::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto parts = place_outputs(inputs[0], outputs);
   auto& device = metal::device(stream().device);
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    if (parts[i]) {
-      Copy copy(device, {{&*parts[i], outputs[i].size(), 0, 0}}, outputs[i]);
-      copy.encode(metal::get_command_encoder(stream()));
-    }
+  for (auto& [i, part] : place_outputs(inputs[0], outputs)) {
+    flatstep::Copy copy(device, {{&part, outputs[i].size(), 0, 0}}, outputs[i]);
+    copy.encode(metal::get_command_encoder(stream()));
   }
 }
 
