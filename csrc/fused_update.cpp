@@ -124,7 +124,7 @@ bool is_tracing() {
 }
 
 Home::Home(const BucketPlan& plan, const mx::array* parameters)
-    : plan_(plan), parameters_(parameters) {
+    : plan_(plan), parameters_(parameters), itemsize_(mx::size_of(plan.dtype)) {
   size_t n = plan.segments.size();
   for (size_t i = 0; i < n && count_ == 0; ++i) {
     const mx::array& p = parameters[i];
@@ -132,8 +132,8 @@ Home::Home(const BucketPlan& plan, const mx::array* parameters)
       continue;
     }
     memory_ = p.data_shared_ptr().get();
-    start_ = start(i);
-    size_t bytes = plan.p_blocks * kBlock * p.itemsize();
+    start_ = p.offset() - place(i);
+    size_t bytes = plan.p_blocks * kBlock * itemsize_;
     if (start_ >= 0 && start_ % kAlignment == 0 &&
         p.buffer_size() >= static_cast<size_t>(start_) + bytes) {
       first_ = i;
@@ -208,16 +208,16 @@ std::vector<mx::array> FusedUpdate::connect(
   bool is_available = is_live && are_available(own) && are_available(parameters);
   if (is_available) {
     Home home(*plan_, parameters.data());
-    has_flat_parameters_ = home.has_all();
-    if (has_flat_parameters_) {
+    if (home.has_all()) {
       own.push_back(mx::array(plan_->p_shape(), plan_->dtype, nullptr, {}));
       mx::array& flat = own.back();
       home.share(flat);
       flat.set_status(mx::array::Status::available);
+      home_.emplace(home);
       leaves_ = std::move(parameters);
     }
   }
-  if (!has_flat_parameters_) {
+  if (!home_) {
     append(own, parameters);
   }
   if (is_available && holds) {
@@ -259,14 +259,14 @@ bool FusedUpdate::place_parameters(
     long own_uses,
     const std::function<void()>& settle) {
   plan_->kept->review();
-  const mx::array* leaves =
-      has_flat_parameters_ ? leaves_.data() : &operand(inputs, first_parameter_operand());
-  long leaf_uses = has_flat_parameters_ ? 1 : own_uses;
-  Home home(*plan_, leaves);
+  const mx::array* first = &operand(inputs, first_parameter_operand());
+  const mx::array* leaves = home_ ? leaves_.data() : first;
+  long leaf_uses = home_ ? 1 : own_uses;
+  Home home = home_ ? *home_ : Home(*plan_, first);
   // What is still queued holds what it reads, on a GPU until its command buffer has run; nothing
   // else keeps an update in place behind the work that reads the old values.
   auto is_alone = [&] {
-    auto uses = static_cast<long>(home.count()) + has_flat_parameters_;
+    auto uses = static_cast<long>(home.count()) + has_flat_parameters();
     if (home.memory().use_count() != uses) {
       return false;
     }

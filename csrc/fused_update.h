@@ -63,8 +63,8 @@ class Home {
   // Whether the parameter of this segment lies in it.
   bool has(size_t i) const {
     const mx::array& p = parameters_[i];
-    return p.data_shared_ptr().get() == memory_ && start(i) == start_ && p.flags().row_contiguous &&
-           p.data_size() == p.size();
+    return p.data_shared_ptr().get() == memory_ && p.offset() == start_ + place(i) &&
+           p.flags().row_contiguous && p.data_size() == p.size();
   }
   bool has_all() const {
     return is_there() && count_ == plan_.segments.size();
@@ -79,17 +79,17 @@ class Home {
   void share(mx::array& flat) const;
 
  private:
-  // Where the flat array starts if this parameter lies in its place in it, in bytes.
-  int64_t start(size_t i) const {
-    const mx::array& p = parameters_[i];
-    return p.offset() - static_cast<int64_t>(plan_.segments[i].p_offset * p.itemsize());
+  // Of this parameter in the flat array, in bytes.
+  int64_t place(size_t i) const {
+    return static_cast<int64_t>(plan_.segments[i].p_offset * itemsize_);
   }
 
   const BucketPlan& plan_;
   const mx::array* parameters_;
+  size_t itemsize_;
   const mx::array::Data* memory_{nullptr};
-  int64_t start_{0};
-  size_t first_{0};  // of those in it
+  int64_t start_{0};  // of the flat array, in bytes
+  size_t first_{0};   // of those in it
   size_t count_{0};
 };
 
@@ -159,12 +159,12 @@ class FusedUpdate : public mx::Primitive {
     return first_state_operand() + num_slots();
   }
   size_t first_gradient_operand() const {
-    return first_parameter_operand() + (has_flat_parameters_ ? 1 : num_segments());
+    return first_parameter_operand() + (has_flat_parameters() ? 1 : num_segments());
   }
 
   // True when the parameters are one operand, the flat array.
   bool has_flat_parameters() const {
-    return has_flat_parameters_;
+    return home_.has_value();
   }
   const mx::array& operand(const std::vector<mx::array>& inputs, size_t i) const {
     if (i < first_gradient_operand()) {
@@ -199,10 +199,11 @@ class FusedUpdate : public mx::Primitive {
   std::shared_ptr<const BucketPlan> plan_;
   Rule rule_;
   std::shared_ptr<const Schedule> schedule_;
-  bool has_flat_parameters_{false};
-  std::vector<mx::array> leaves_;  // of flat parameters: somebody may hold one of them
-  HeldArrays held_;                // all operands but the gradients, or null
-  HeldArrays held_gradients_;      // all of them, or null
+  // Of flat parameters: somebody may hold one of them.
+  std::vector<mx::array> leaves_;
+  std::optional<Home> home_;
+  HeldArrays held_;            // all operands but the gradients, or null
+  HeldArrays held_gradients_;  // all of them, or null
 };
 
 // True while a function is traced: what is evaluated then is read again at every replay.

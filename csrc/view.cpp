@@ -1,6 +1,7 @@
 #include "view.h"
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
@@ -91,14 +92,15 @@ std::vector<View::Copy> View::place_outputs(
     mx::array::Flags flags{/* contiguous */ true,
                            /* row_contiguous */ true,
                            /* col_contiguous */ dimensions_over_one <= 1};
-    auto first = static_cast<int64_t>(spec(i).offset);
+    std::optional<mx::array> part;
     if (spec(i).is_apart && *spec(i).is_apart) {
-      mx::array part(out.shape(), out.dtype(), nullptr, {});
-      part.copy_shared_buffer(flat, strides, flags, out.size(), first);
-      copies.push_back({i, std::move(part)});
+      part.emplace(out.shape(), out.dtype(), nullptr, std::vector<mx::array>{});
+    }
+    (part ? *part : out)
+        .copy_shared_buffer(flat, strides, flags, out.size(), static_cast<int64_t>(spec(i).offset));
+    if (part) {
       allocate(out);
-    } else {
-      out.copy_shared_buffer(flat, strides, flags, out.size(), first);
+      copies.push_back({i, std::move(*part)});
     }
   }
   return copies;
