@@ -214,7 +214,9 @@ class Collector {
     }
     const auto& p = *nb::inst_ptr<mx::array>(parameter);
     const auto& g = *nb::inst_ptr<mx::array>(gradient);
-    check_dtype("parameter", p.dtype());
+    if (!is_supported(p.dtype())) {
+      refuse_dtype("parameter", p.dtype());
+    }
     if (!skeleton.is_valid() ||
         (PyDict_Check(skeleton.ptr()) && PyDict_GET_SIZE(skeleton.ptr()) == 0)) {
       walk_.fail(
@@ -234,7 +236,9 @@ class Collector {
           "parameter " + str(p.shape()) + " does not match the shape " + str(leaf.shape) +
           " that the optimizer was initialised with");
     }
-    check_dtype("gradient", g.dtype());
+    if (!is_supported(g.dtype())) {
+      refuse_dtype("gradient", g.dtype());
+    }
     if (p.dtype() != leaf.dtype) {
       // A replay of the trace would write the arrays of another layout into the state, which MLX
       // does without looking. The parameter itself need be no tracer: mx.grad's are not any more.
@@ -250,12 +254,10 @@ class Collector {
     result.gradients.push_back(g);
   }
 
-  void check_dtype(const char* what, mx::Dtype dtype) {
-    if (!is_supported(dtype)) {
-      walk_.fail_type(
-          std::string(what) + " has dtype " + str(dtype) +
-          "; float32, float16 and bfloat16 are supported");
-    }
+  [[noreturn]] void refuse_dtype(const char* what, mx::Dtype dtype) {
+    walk_.fail_type(
+        std::string(what) + " has dtype " + str(dtype) +
+        "; float32, float16 and bfloat16 are supported");
   }
 
   const Layout& layout_;
