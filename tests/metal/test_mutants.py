@@ -5,6 +5,7 @@ Every line that keeps a kernel within its bounds is taken out here, every barrie
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ MUTANTS = {
         "load_aligned((const device half*)source + first, count)",
         "load_aligned((const device bfloat*)source + first, count)",
     ),
+    "read in place through another buffer": ("arguments.p_in_place ? p_out : p_in", "p_in"),
     # What is prepared
     "nobody prepares": ("if (thread_index == 0) {", "if (thread_index == 1000) {"),
     "all prepare": ("if (thread_index == 0) {", "if (true) {"),
@@ -235,9 +237,9 @@ def battery(text: str) -> None:
         update = Update(sgd, leaves, (BFLOAT, FLOAT, FLOAT))
         update.run(library, SGD, passes=passes, threads=threads, order="reverse")
         update.check()
-    for leaf in leaves[:5]:
+    for leaf, in_place in product(leaves[:5], (False, True)):
         update = Update(adam, [leaf], (FLOAT,) * 3, step=1)
-        update.run(library, PLAIN)
+        update.run(library, PLAIN, in_place=in_place)
         update.check()
     for layout in ("aligned", "transposed"):
         check_far_segment(library, PLAIN, layout)

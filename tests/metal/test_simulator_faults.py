@@ -1,5 +1,5 @@
 """What the simulator refuses while a kernel runs: accesses to memory that is not its own, races,
-barriers that not all threads reach, dispatches that bind the wrong things."""
+overlaps, barriers that not all threads reach, dispatches that bind the wrong things."""
 
 import sys
 
@@ -41,18 +41,6 @@ def test_a_segment_may_be_all_that_a_kernel_touches():
             samples().run("adam_float", **dispatch, **{limits: narrowed})
 
 
-def test_input_and_output_may_be_the_same_memory():
-    parameters = "const device float* from [[buffer(0)]], device float* to [[buffer(1)]]"
-    x = np.arange(8, dtype=np.float32)
-    library = build("to[i] = 2 * from[i];", parameters)
-    library.run("k", grid=(8,), threads=(8,), buffers={0: x, 1: x})
-    np.testing.assert_array_equal(x, 2 * np.arange(8))
-    with pytest.raises(KernelError, match="data race"):
-        build("to[i] = from[i ^ 1];", parameters).run(
-            "k", grid=(8,), threads=(4,), buffers={0: x, 1: x}
-        )
-
-
 # Bodies of a kernel that runs as four threads on four floats; lines count from 1.
 FAULTS = [
     ("x[i + 1] = 0;", "writes 4 bytes, 0 bytes past the end of buffer 0 .* outside of what is"),
@@ -86,14 +74,18 @@ FAULTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def faults() -> simulator.Library:
+def build_bodies(name: str, parameters: str, bodies: list[str]) -> simulator.Library:
     text = "#include <metal_stdlib>\nusing namespace metal;\n"
-    for number, (body, _) in enumerate(FAULTS):
-        text += f"[[kernel]] void fault_{number}(device float* x [[buffer(0)]],\n"
-        text += f'uint i [[thread_position_in_grid]]) {{\n#line 1 "fault"\n{body}\n}}\n'
+    for number, body in enumerate(bodies):
+        text += f"[[kernel]] void {name}_{number}({parameters},\n"
+        text += f'uint i [[thread_position_in_grid]]) {{\n#line 1 "{name}"\n{body}\n}}\n'
     simulator.check(text)
     return simulator.build(text)
+
+
+@pytest.fixture(scope="module")
+def faults() -> simulator.Library:
+    return build_bodies("fault", "device float* x [[buffer(0)]]", [body for body, _ in FAULTS])
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
@@ -131,6 +123,100 @@ def test_an_error_names_the_line_of_the_source():
             "k", grid=(1,), threads=(1,), buffers={0: np.zeros(1, np.float32)}
         )
     assert str(caught.value).endswith("\n  program_source:5")
+
+
+# ---- Overlaps ----
+
+# Bodies of a kernel that runs as two threadgroups of four on sixteen floats, 0 to 15, which all its
+# buffers have in common.
+ALL_THE_SAME = """const device float* from [[buffer(0)]], device float* to [[buffer(1)]],
+    device float* other [[buffer(2)]], device atomic_uint* n [[buffer(3)]],
+    constant float* c [[buffer(4)]]"""
+BARRIER = "threadgroup_barrier(mem_flags::mem_device);"
+ADD = "atomic_fetch_add_explicit(n + 15, 1u, memory_order_relaxed);"
+
+OVERLAPS = [
+    (
+        "to[i] = 2 * from[i];",
+        r"writes 4 bytes, at byte \d+ of buffer 1 .* also read through buffer 0",
+    ),
+    ("to[i] = 1; to[i] += from[i];", "reads 4 bytes, .* buffer 0 .* also written through buffer 1"),
+    ("if (i == 0) to[9] = from[8]; if (i == 3) to[8] = 0;", "through buffer [01]"),
+    ("if (i == 0) to[9] = from[8]; if (i == 7) to[8] = 0;", "through buffer [01]"),
+    (f"if (i == 3) to[8] = 0; {BARRIER} if (i == 0) to[9] = from[8];", "also written"),
+    (f"if (i == 3) to[9] = from[8]; {BARRIER} if (i == 0) to[8] = 0;", "also read"),
+    ("to[i] = 1; other[i] = 2;", "writes 4 bytes, .* buffer 2 .* also written through buffer 1"),
+    ("to[i + 8] = from[i] + other[i]; other[i] = 0;", "buffer 2 .* also read through buffer 0"),
+    ("to[i] = c[i];", "also read through buffer 4"),
+    ("to[i] = ((const device float*)((const device char*)from + 4 * i))[0];", "through buffer 0"),
+    ("const device float* p = i < 8 ? from : to; to[i] = p[i];", "through buffer 0"),
+    ("((device float2*)to)[i] = from[i];", "writes 8 bytes.* also read through buffer 0"),
+    (f"{ADD} other[15] = 1;", "buffer 2 .* also written through buffer 3"),
+    (f"if (from[15] > 0) {ADD}", "writes 4 bytes, .* buffer 3 .* also read through buffer 0"),
+]
+
+# And what it makes of the first eight and the last eight floats.
+APART = [
+    ("to[i + 8] = from[i];", lambda x, y: (x, x)),
+    ("to[i] += 1;", lambda x, y: (x + 1, y)),
+    ("to[i + 8] = from[i] + other[i] + c[i];", lambda x, y: (x, 3 * x)),
+    ("to[i] = 0; other[i + 8] = 1;", lambda x, y: (0 * x, 0 * y + 1)),
+    ("const device float* p = to; to[i] = 2 * p[i];", lambda x, y: (2 * x, y)),
+    ("device float* p = i < 4 ? to : other; p[i] *= 2;", lambda x, y: (2 * x, y)),
+    ("atomic_fetch_add_explicit(n + 1, 0u, memory_order_relaxed);", lambda x, y: (x, y)),
+]
+
+
+@pytest.fixture(scope="module")
+def overlaps() -> simulator.Library:
+    return build_bodies("overlap", ALL_THE_SAME, [body for body, _ in [*OVERLAPS, *APART]])
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("number", range(len(OVERLAPS)), ids=[body for body, _ in OVERLAPS])
+def test_what_one_buffer_writes_is_not_touched_through_another(overlaps, number, order):
+    x = np.arange(16, dtype=np.float32)
+    with pytest.raises(KernelError, match=f"({OVERLAPS[number][1]}) .*do not overlap"):
+        overlaps.run(
+            f"overlap_{number}",
+            grid=(8,),
+            threads=(4,),
+            buffers=dict.fromkeys(range(5), x),
+            order=order,
+        )
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+@pytest.mark.parametrize("number", range(len(APART)), ids=[body for body, _ in APART])
+def test_buffers_may_overlap_where_one_alone_touches_what_it_writes(overlaps, number, order):
+    x = np.arange(16, dtype=np.float32)
+    expected = APART[number][1](x[:8].copy(), x[8:].copy())
+    overlaps.run(
+        f"overlap_{len(OVERLAPS) + number}",
+        grid=(8,),
+        threads=(4,),
+        buffers=dict.fromkeys(range(5), x),
+        order=order,
+    )
+    np.testing.assert_array_equal(x, np.concatenate(expected))
+
+
+def test_buffers_that_share_some_bytes_overlap_there_alone():
+    parameters = "const device float* from [[buffer(0)]], device float* to [[buffer(1)]]"
+    library = build("to[i] = from[i] + 1;", parameters)
+    x = np.arange(2048, dtype=np.float32)
+    library.run("k", grid=(3,), threads=(3,), buffers={0: x[2:2000], 1: x[5:]})
+    np.testing.assert_array_equal(x, [0, 1, 2, 3, 4, 3, 4, 5, *range(8, 2048)])
+    with pytest.raises(KernelError, match=r"at byte 12 of buffer 0 .* through buffer 1"):
+        library.run("k", grid=(4,), threads=(4,), buffers={0: x[2:2000], 1: x[5:]})
+    with pytest.raises(KernelError, match="0 bytes past the end of buffer 1"):
+        library.run("k", grid=(4,), threads=(4,), buffers={0: x, 1: x[1000:1003]})
+
+
+def test_an_error_names_its_line_where_kernels_end_alike(overlaps):
+    buffers = dict.fromkeys(range(5), np.zeros(16, np.float32))
+    with pytest.raises(KernelError, match=r"\n  overlap:1$"):
+        overlaps.run("overlap_0", grid=(1,), threads=(1,), buffers=buffers)
 
 
 # ---- Dispatches ----

@@ -68,6 +68,7 @@ MISFITS = {
     "another number of threads": ("#define FLATSTEP_THREADS 256", "#define FLATSTEP_THREADS 128"),
     "another run": ("#define FLATSTEP_RUN 4", "#define FLATSTEP_RUN 2"),
     "another tile": ("#define FLATSTEP_TILE 32", "#define FLATSTEP_TILE 16"),
+    "read in place through another buffer": ("arguments.p_in_place ? p_out : p_in", "p_in"),
     "other numbers for the dtypes": (
         "SOURCE_FLOAT16 = 1,\n  SOURCE_BFLOAT16 = 2,",
         "SOURCE_BFLOAT16 = 1,\n  SOURCE_FLOAT16 = 2,",

@@ -22,6 +22,7 @@ from simulator.translate import Translation, translate
 HERE = Path(__file__).parent
 SHIM = HERE / "shim"
 RUNTIME_SOURCES = (
+    "bindings.cpp",
     "callbacks.cpp",
     "fiber.cpp",
     "memory_check.cpp",

@@ -1,10 +1,7 @@
-// Bounds, permissions, alignment and races of a kernel's accesses. See memory_check.h.
+// Bounds, permissions, alignment, overlaps and races of a kernel's accesses. See memory_check.h.
 #include "memory_check.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <new>
 
 #include "fiber.h"
 
@@ -33,125 +30,14 @@ std::string text(uint64_t number) {
   return std::to_string(number);
 }
 
-// Sorted, and those that meet joined.
-template <typename Range>
-void normalize(std::vector<Range>& ranges) {
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
-    return a.begin < b.begin;
-  });
-  std::vector<Range> joined;
-  for (const Range& range : ranges) {
-    if (range.begin >= range.end) {
-      continue;
-    }
-    if (!joined.empty() && range.begin <= joined.back().end) {
-      joined.back().end = std::max(joined.back().end, range.end);
-    } else {
-      joined.push_back(range);
-    }
-  }
-  ranges = std::move(joined);
-}
-
-template <typename Range>
-bool covers(const std::vector<Range>& ranges, uint64_t begin, uint64_t end) {
-  auto after =
-      std::upper_bound(ranges.begin(), ranges.end(), begin, [](uint64_t value, const Range& r) {
-        return value < r.begin;
-      });
-  return after != ranges.begin() && end <= (after - 1)->end;
-}
-
-// Zeroed, and only what is touched takes memory.
-LastTouch* make_touches(uint64_t count) {
-  void* memory = mmap(
-      nullptr,
-      count * sizeof(LastTouch),
-      PROT_READ | PROT_WRITE,
-      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-      -1,
-      0);
-  if (memory == MAP_FAILED) {
-    throw std::bad_alloc();
-  }
-  return static_cast<LastTouch*>(memory);
-}
-
-void free_touches(LastTouch* touches, uint64_t count) {
-  if (touches) {
-    munmap(touches, count * sizeof(LastTouch));
-  }
-}
-
 }  // namespace
 
 // The first and last byte of this library, where `constant` program data lies. Set by the linker.
 extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start;
 extern "C" __attribute__((visibility("hidden"))) const char _end;
 
-MemoryCheck::MemoryCheck(const SimulatorDispatch& dispatch, const SimulatorKernel& kernel)
-    : dispatch_(dispatch) {
-  for (int i = 0; i < kernel.num_parameters; ++i) {
-    if (kernel.parameters[i].kind == SIMULATOR_BUFFER) {
-      add_buffer(dispatch, kernel.parameters[i]);
-    }
-  }
-  merge_areas();
-  for (Area& area : areas_) {
-    normalize(area.readable);
-    normalize(area.writable);
-    // Nothing races where nothing may be written.
-    area.touches = area.writable.empty() ? nullptr : make_touches(area.end - area.begin);
-  }
-}
-
-MemoryCheck::~MemoryCheck() {
-  for (Area& area : areas_) {
-    free_touches(area.touches, area.end - area.begin);
-  }
-}
-
-void MemoryCheck::add_buffer(
-    const SimulatorDispatch& dispatch, const SimulatorParameter& parameter) {
-  const SimulatorBuffer& buffer = dispatch.buffers[parameter.index];
-  uint64_t begin = reinterpret_cast<uint64_t>(buffer.address);
-  uint64_t first = begin - buffer.before;
-  uint64_t end = begin + buffer.size;
-  if (first == end) {
-    return;
-  }
-  auto ranges = [&](const SimulatorRange* given, uint64_t count) {
-    std::vector<Range> result;
-    if (!given) {
-      result.push_back({first, end});
-    }
-    for (uint64_t i = 0; given && i < count; ++i) {
-      result.push_back({begin + given[i].begin, std::min(end, begin + given[i].end)});
-    }
-    return result;
-  };
-  std::vector<Range> writable;
-  if (parameter.is_writable) {
-    writable = ranges(buffer.writable, buffer.num_writable);
-  }
-  areas_.push_back({first, end, ranges(buffer.readable, buffer.num_readable), writable, nullptr});
-}
-
-void MemoryCheck::merge_areas() {
-  std::sort(
-      areas_.begin(), areas_.end(), [](const Area& a, const Area& b) { return a.begin < b.begin; });
-  std::vector<Area> merged;
-  for (Area& area : areas_) {
-    if (merged.empty() || area.begin >= merged.back().end) {
-      merged.push_back(area);
-      continue;
-    }
-    Area& into = merged.back();
-    into.end = std::max(into.end, area.end);
-    into.readable.insert(into.readable.end(), area.readable.begin(), area.readable.end());
-    into.writable.insert(into.writable.end(), area.writable.begin(), area.writable.end());
-  }
-  areas_ = std::move(merged);
+MemoryCheck::MemoryCheck(SimulatorDispatch& dispatch, const SimulatorKernel& kernel)
+    : dispatch_(dispatch), bindings_(dispatch, kernel) {
 }
 
 void MemoryCheck::set_threadgroup_memory(const char* begin, uint64_t size) {
@@ -171,26 +57,7 @@ void MemoryCheck::add_threadgroup_block(const char* begin, uint64_t size) {
 
 void MemoryCheck::restart_time() {
   std::fill(threadgroup_touches_.begin(), threadgroup_touches_.end(), LastTouch{0, 0});
-  for (Area& area : areas_) {
-    uint64_t count = area.end - area.begin;
-    if (area.touches) {
-      free_touches(area.touches, count);
-      area.touches = make_touches(count);
-    }
-  }
-}
-
-MemoryCheck::Area* MemoryCheck::find_area(uint64_t address) {
-  if (latest_ && address >= latest_->begin && address < latest_->end) {
-    return latest_;
-  }
-  for (Area& area : areas_) {
-    if (address >= area.begin && address < area.end) {
-      latest_ = &area;
-      return latest_;
-    }
-  }
-  return nullptr;
+  bindings_.forget_touches();
 }
 
 std::string MemoryCheck::access(
@@ -204,8 +71,8 @@ std::string MemoryCheck::access(
   }
   const char* verb = kind == ACCESS_WRITE ? "writes " : "reads ";
   std::string problem;
-  if (Area* area = find_area(address)) {
-    problem = in_device(*area, address, size, kind, is_atomic);
+  if (const Binding* binding = bindings_.find(address)) {
+    problem = in_device(*binding, address, size, kind, is_atomic);
   } else if (address >= threadgroup_begin_ && address < threadgroup_end_) {
     problem = in_threadgroup(address, size, kind, is_aligned_access);
   } else if (
@@ -225,19 +92,47 @@ std::string MemoryCheck::access(
 }
 
 std::string MemoryCheck::in_device(
-    Area& area, uint64_t address, uint64_t size, AccessKind kind, bool is_atomic) {
-  if (address + size > area.end) {
+    const Binding& binding, uint64_t address, uint64_t size, AccessKind kind, bool is_atomic) {
+  if (address + size > binding.end) {
     return "which goes past the end of the buffer";
   }
-  if (kind == ACCESS_WRITE && area.writable.empty()) {
+  if (kind == ACCESS_WRITE && !binding.is_writable) {
     return "which is read-only";
   }
-  if (!covers(kind == ACCESS_WRITE ? area.writable : area.readable, address, address + size)) {
+  const std::vector<Range>& allowed = kind == ACCESS_WRITE ? binding.writable : binding.readable;
+  if (!covers(allowed, address, address + size)) {
     return kind == ACCESS_WRITE ? "which the test does not let it write"
                                 : "which the test does not let it read";
   }
-  if (area.touches && !is_atomic && race(area.touches + (address - area.begin), size, kind, true)) {
+  uint64_t offset = address - binding.begin;
+  if (binding.users) {
+    std::string problem = overlap(binding, offset, size, kind);
+    if (!problem.empty()) {
+      return problem;
+    }
+  }
+  if (binding.touches && !is_atomic && race(binding.touches.get() + offset, size, kind, true)) {
     return "which another thread touches without a barrier in between (a data race)";
+  }
+  return "";
+}
+
+std::string MemoryCheck::overlap(
+    const Binding& binding, uint64_t offset, uint64_t size, AccessKind kind) {
+  Users self = 1u << binding.index;
+  for (uint64_t i = offset; i < offset + size; ++i) {
+    Users& users = binding.users[i];
+    Users others = users & ~(self | kWritten);
+    bool is_written = users & kWritten;
+    if (others && (is_written || kind == ACCESS_WRITE)) {
+      uint64_t other = 0;
+      while (!(others >> other & 1)) {
+        ++other;
+      }
+      return std::string("which is also ") + (is_written ? "written" : "read") +
+             " through buffer " + text(other) + " (Metal takes it that buffers do not overlap)";
+    }
+    users |= kind == ACCESS_WRITE ? self | kWritten : self;
   }
   return "";
 }

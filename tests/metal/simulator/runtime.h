@@ -57,7 +57,8 @@ typedef struct SimulatorDispatch {
   int32_t order;                                      // in which threads and threadgroups run
   uint32_t seed;                                      // of the shuffled order
   int32_t flush_to_zero;  // subnormal floats are zero, as on a GPU in its fast modes
-  int32_t check_memory;   // every access: inside its buffer, aligned, allowed, and free of races
+  // Every access: inside its buffer, aligned, allowed, free of races and of overlaps.
+  int32_t check_memory;
 } SimulatorDispatch;
 
 int simulator_abi(void);

@@ -40,7 +40,7 @@ Threadgroup::Threadgroup(const SimulatorDispatch& dispatch)
   // The last variable that fits may begin anywhere below the limit, behind many gaps.
   memory_.resize(2 * kThreadgroupMemory / sizeof(Aligned));
   if (dispatch.check_memory) {
-    check_ = std::make_unique<MemoryCheck>(dispatch, kernel_);
+    check_ = std::make_unique<MemoryCheck>(dispatch_, kernel_);
     check_->set_threadgroup_memory(memory_.data()->bytes, memory_.size() * sizeof(Aligned));
   }
   current = this;

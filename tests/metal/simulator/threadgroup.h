@@ -77,7 +77,7 @@ class Threadgroup {
   char* place_block(uint32_t size, uint32_t alignment);
   std::string name_thread(uint32_t id) const;
 
-  const SimulatorDispatch& dispatch_;
+  SimulatorDispatch dispatch_;
   const SimulatorKernel& kernel_;
   std::unique_ptr<MemoryCheck> check_;
   StackPool stacks_;

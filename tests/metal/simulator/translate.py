@@ -324,6 +324,8 @@ def _entry_point(number: int, entry: Entry) -> list[str]:
     expression = entry.expression
     return [
         f"typedef metal::simulator_signature<decltype({expression})> simulator_signature_{number};",
+        # Kernels that end alike would be merged in simulator_enter, and lose their lines.
+        "__attribute__((noinline))",
         f"static void simulator_enter_{number}(const thread simulator_call* call) {{",
         f"  {expression}({', '.join(arguments)});",
         "}",
