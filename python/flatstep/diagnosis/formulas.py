@@ -19,7 +19,7 @@ Terms = list[mx.array]
 _FORMATS = {mx.float32: (24, -149), mx.float16: (11, -24), mx.bfloat16: (8, -133)}
 
 # How far a float32 result may be off; docs/numerics.md says why.
-PAIR_ULPS = 2.0
+PAIR_ULPS = 1.5
 PLAIN_ULPS = 16.0
 
 
