@@ -9,9 +9,12 @@ VENV ?= .venv
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # A worker for each core; what is left goes to those that are idle, so few make a fixture twice.
 WORKERS := -n auto --dist worksteal
-# All of the C++ runs in these. The others take long, or ask how much memory or what torch does.
-SANITIZED_TESTS := --ignore=tests/test_torch.py --ignore=tests/test_memory.py --ignore=tests/metal \
-  --deselect=tests/test_parity.py::test_a_thousand_steps_follow_mlx_and_float64
+# All of the C++ runs in these. The others take long, measure, or ask what torch does; what is queued
+# asks the same of every rule.
+SANITIZED_TESTS := $(foreach test,torch memory bench_command bench_tools,--ignore=tests/test_$(test).py) \
+  --ignore=tests/metal --deselect=tests/test_parity.py::test_a_thousand_steps \
+  '--deselect=tests/test_queued.py::test_steps_that_wait_together_are_what_they_are_alone[Adam' \
+  '--deselect=tests/test_queued.py::test_a_step_reads_gradients_that_are_queued_before_it[Adam'
 SUPPORTED := 3.10 3.11 3.12 3.13 3.14
 
 BIN = $(VENV)/bin
