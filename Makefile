@@ -7,9 +7,14 @@ PYTHON ?= python3
 VENV ?= .venv
 
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-# All of the C++ runs in these. The others take long, or ask how much memory or what torch does.
-SANITIZED_TESTS := --ignore=tests/test_torch.py --ignore=tests/test_memory.py --ignore=tests/metal \
-  --deselect=tests/test_parity.py::test_a_thousand_steps_follow_mlx_and_float64
+# A worker for each core; what is left goes to those that are idle, so few make a fixture twice.
+WORKERS := -n auto --dist worksteal
+# All of the C++ runs in these. The others take long, measure, or ask what torch does; what is queued
+# asks the same of every rule.
+SANITIZED_TESTS := $(foreach test,torch memory bench_command bench_tools,--ignore=tests/test_$(test).py) \
+  --ignore=tests/metal --deselect=tests/test_parity.py::test_a_thousand_steps \
+  '--deselect=tests/test_queued.py::test_steps_that_wait_together_are_what_they_are_alone[Adam' \
+  '--deselect=tests/test_queued.py::test_a_step_reads_gradients_that_are_queued_before_it[Adam'
 SUPPORTED := 3.10 3.11 3.12 3.13 3.14
 
 BIN = $(VENV)/bin
@@ -20,12 +25,13 @@ FORMATTED := $(CXX_SOURCES) $(wildcard metal/*.metal metal/*.h \
 SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* scripts/metal_source.py \
   python/flatstep/*.py* python/flatstep/*/*.py)
 
-.PHONY: help demo test bench profile instructions lint format warnings sanitize macos-check linux stubs clean
+.PHONY: help demo test test-all bench profile instructions lint format warnings sanitize macos-check linux stubs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train a small transformer with mlx.optimizers and with flatstep, compare"
 	@echo "make test       build, and run the tests; ARGS goes to pytest: make test ARGS='-k adam'"
+	@echo "make test-all   all of them, those too that take long and say little more"
 	@echo "make bench      measure against mlx.optimizers, torch and the memory's own speed"
 	@echo "make profile    where the time of a step goes: Python, graph, evaluation, kernels"
 	@echo "make instructions  count a step's instructions around its kernels, compare with the bound (Linux)"
@@ -42,7 +48,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.test clang-for-tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not exhaustive" $(ARGS)
+
+test-all: $(VENV)/.test clang-for-tests
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.run $(ARGS)
@@ -87,7 +96,7 @@ sanitize:
 	LD_PRELOAD=$$(ldd .venv-sanitize/lib/python*/site-packages/flatstep/_ext*.so | \
 	    awk '/libasan|libubsan|libstdc/ {print $$3}' | sort | paste -sd: -) \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  .venv-sanitize/bin/python -m pytest $(SANITIZED_TESTS) $(ARGS)
+	  .venv-sanitize/bin/python -m pytest $(WORKERS) $(SANITIZED_TESTS) $(ARGS)
 
 # The module that a Mac would build, and what can be known of it without one. scripts/macos/ says how.
 MACOS := build/macos

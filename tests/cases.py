@@ -72,6 +72,17 @@ UNUSUAL = [
 ]
 CASES = [*_sgd(), *_adam(), *UNUSUAL]
 
+
+def _uses(case: Case) -> int:
+    return sum(map(bool, case.arguments.values()))
+
+
+# For what takes long: of each rule the case that uses the most of its arguments.
+FULLEST = [
+    max((case for case in CASES if case.rule == rule and case not in UNUSUAL), key=_uses)
+    for rule in SLOTS
+]
+
 # Betas so close to 1 that MLX's float32 can't follow float64: only for the reference.
 EXTREME = [
     Case("Adam", {"betas": [0.9999999, 0.99999999], "bias_correction": True}),

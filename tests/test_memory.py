@@ -116,6 +116,25 @@ def test_memory_does_not_grow_over_200_steps(case: Case) -> None:
         assert sys.getallocatedblocks() < blocks + 200
 
 
+def test_an_update_on_the_cpu_leaves_no_noise_between_leaves() -> None:
+    """A user who strides over the end of a leaf finds zeros, not what the memory held before."""
+    with mx.stream(mx.cpu):
+        params = {"small": mx.ones((3,)), "other": mx.ones((70,))}
+        optimizer = optim.AdamW(0.1)
+        for _ in range(3):
+            # MLX keeps memory for what is allocated next.
+            noise = [mx.full((64 * n,), float("nan")) + 0 for n in range(1, 9) for _ in range(4)]
+            mx.eval(noise)
+            del noise
+            # The old arrays are held, so the new ones take fresh memory.
+            held = params, optimizer.state.copy()
+            params = optimizer.apply_gradients(tree_map(mx.ones_like, params), params)
+            mx.eval(params, optimizer.state)
+            for leaf in (params["small"], *optimizer.state["small"].values()):
+                assert not mx.any(mx.as_strided(leaf, (64,), (1,))[3:]).item()
+            del held
+
+
 def test_sgd_without_momentum_keeps_no_state() -> None:
     params, gradients = tree_of(MIDDLE, 1.0), tree_of(MIDDLE, 0.5)
     before = mx.get_active_memory()

@@ -6,13 +6,17 @@ Kernels are compiled by the simulator, and a test whose kernels did something wr
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 import flatstep
 import mlx.core as mx
 import pytest
+from cases import Case
 from flatstep import _ext
+from hypothesis import settings
+from updates import kernel_rule
 
 
 class StandIn:
@@ -53,6 +57,46 @@ class StandIn:
 
 
 STANDIN = StandIn()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not exhaustive":
+        settings.register_profile("few", max_examples=20)
+        settings.load_profile("few")
+
+
+def shown_by(item: pytest.Function) -> set[Hashable]:
+    """What a test shows of the Metal backend: its file's kernels, and its own ways to ask for them.
+
+    Rules that are one kernel count as one, and its dtypes are part of it.
+    """
+    function, _, _ = item.nodeid.partition("[")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    rules = [kernel_rule(value) for value in parameters.values() if isinstance(value, Case)]
+    shown: set[Hashable] = {function, *rules}
+    for name, value in parameters.items():
+        if isinstance(value, mx.Dtype):
+            shown.add((*rules, name, value))
+        elif not isinstance(value, Case):
+            shown.add((function, name, id(value)))  # not every value can be compared
+    return shown
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Of the cases of the engine's tests those that show nothing new are exhaustive.
+
+    They are gone through in an order that is always the same and follows none of the parameters,
+    so that those that remain mix them.
+    """
+    shown: set[Hashable] = set()
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        about_the_host = item.path.parent == Path(__file__).parent
+        if about_the_host or item.get_closest_marker("exhaustive"):
+            continue
+        if shown_by(item) <= shown:
+            item.add_marker("exhaustive")
+        shown |= shown_by(item)
 
 
 def pytest_report_header() -> str:

@@ -2,14 +2,11 @@
 
 Each test here is a process in which every update takes the Metal backend: bindings, dispatch
 tables, memory decisions, and the kernels' own text, run by the simulator. Most run the tests that
-the CPU backend passes, as they are.
+the CPU backend passes, as they are; standin_plugin.py says which of them `make test` leaves out.
 """
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ import standin
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="here the GPU itself runs it")
 
 TESTS = standin.REPOSITORY / "tests"
-Run = subprocess.CompletedProcess[str]
 
 # What is not run here of the CPU backend's tests, and why.
 LEFT_OUT = {
@@ -37,6 +33,12 @@ SELECTION = {
 }
 ENGINE = sorted(path.name for path in TESTS.glob("test_*.py") if path.name not in LEFT_OUT)
 
+# What a kernel that does not fit the host fails, the shortest first.
+FITTING = [
+    "test_state_of_two_dtypes_held_state_and_a_part_of_the_leaves",
+    "test_a_gpu_that_runs_fewer_threads_gives_the_same",
+    "test_a_hundred_steps_agree_with_the_cpu_backend",
+]
 # Kernels that no longer fit the host: what one of the two was told and the other was not.
 MISFITS = {
     "m and v swapped": (
@@ -83,30 +85,16 @@ PASS = {
 
 
 @pytest.fixture(scope="session")
-def runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Run]]]:
-    """The processes of the tests that were asked for, a few at a time."""
-    site = standin.build()
-    here = [item for item in request.session.items if item.path == Path(__file__)]
-    # pytest's types know no callspec: parametrize() adds it.
-    jobs = [item.callspec.params["job"] for item in here]  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {job: pool.submit(run, job, site, tmp_path_factory.mktemp("run")) for job in jobs}
-        pool.shutdown(cancel_futures=True)
+def site() -> Path:
+    return standin.build()
 
 
-def run(job: str, site: Path, scratch: Path) -> Run:
-    variables = standin.environment(site, scratch)
-    if job in PASS:
-        arguments = PASS[job]
-    else:
-        mutate = scratch / "mutate.py"
-        mutate.write_text(f"from mutants import main\nmain(*{MISFITS[job]!r})\n")
-        variables["FLATSTEP_STANDIN_COMPILER"] = f"{sys.executable} {mutate} build --no-check"
-        selection = "a_hundred_steps or a_gpu_that_runs or a_part_of_the_leaves"
-        arguments = ["tests/metal/on_standin.py", "-k", selection]
+def run(
+    arguments: list[str], variables: dict[str, str], config: pytest.Config
+) -> subprocess.CompletedProcess[str]:
+    """The tests in a process of their own, as exhaustive as this one."""
     command = [sys.executable, "-m", "pytest", "-p", "standin_plugin", "-q", "-x", *arguments]
+    command += ["-m", config.option.markexpr]
     return subprocess.run(
         command, cwd=standin.REPOSITORY, env=variables, capture_output=True, text=True, check=False
     )
@@ -114,9 +102,9 @@ def run(job: str, site: Path, scratch: Path) -> Run:
 
 @pytest.mark.parametrize("job", PASS)
 def test_tests_pass_with_every_update_through_the_metal_backend(
-    job: str, runs: dict[str, Future[Run]]
+    job: str, site: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    done = runs[job].result()
+    done = run(PASS[job], standin.environment(site, tmp_path), pytestconfig)
     shown = done.stdout
     if len(shown) > 9000:  # the first failure and the summary
         shown = f"{shown[:6000]}\n...\n{shown[-2000:]}"
@@ -125,9 +113,13 @@ def test_tests_pass_with_every_update_through_the_metal_backend(
 
 @pytest.mark.parametrize("job", MISFITS)
 def test_a_kernel_that_does_not_fit_the_host_is_found(
-    job: str, runs: dict[str, Future[Run]]
+    job: str, site: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    done = runs[job].result()
+    mutate = tmp_path / "mutate.py"
+    mutate.write_text(f"from mutants import main\nmain(*{MISFITS[job]!r})\n")
+    variables = standin.environment(site, tmp_path)
+    variables["FLATSTEP_STANDIN_COMPILER"] = f"{sys.executable} {mutate} build --no-check"
+    done = run([f"tests/metal/on_standin.py::{test}" for test in FITTING], variables, pytestconfig)
     assert done.returncode == 1, done.stdout[-4000:]
     assert "1 failed" in done.stdout or "1 error" in done.stdout
     assert "stands 0 times" not in done.stdout
