@@ -22,8 +22,11 @@ LEFT_OUT = {
     "test_bench_tools.py": "is about the benchmarks",
     "test_bits.py": "compares the CPU's instruction sets and threads",
     "test_doctor.py": "starts processes that have no simulator",
+    "test_environment.py": "is about what is imported",
     "test_memory.py": "measures peaks, and the simulator needs memory of its own",
+    "test_out_of_memory.py": "starts processes that have no simulator",
     "test_package.py": "is about what is installed",
+    "test_thread_pool.py": "is about the CPU's threads",
     "test_torch.py": "takes long, and says what test_parity.py says",
 }
 SELECTION = {
@@ -79,7 +82,7 @@ MISFITS = {
 
 
 PASS = {
-    "the host": ["tests/metal/on_standin.py", "tests/metal/on_standin_layouts.py"],
+    "the host": [f"tests/metal/on_standin{part}.py" for part in ("", "_layouts", "_queues")],
     **{file: [f"tests/{file}", *SELECTION.get(file, [])] for file in ENGINE},
 }
 
