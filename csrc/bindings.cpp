@@ -377,6 +377,5 @@ NB_MODULE(_ext, m) {
       "specs"_a,
       "stream"_a = nb::none(),
       "Parts of a flat array, given as (shape, first element). They share its memory unless they "
-      "would "
-      "keep much of it that is not theirs.");
+      "would keep much of it that is not theirs.");
 }

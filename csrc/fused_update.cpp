@@ -32,6 +32,10 @@ AtomicCounters& counters() {
 // Where a flat array may start in its memory, in bytes: a GPU's vector loads need it.
 constexpr int64_t kAlignment = 16;
 
+// What a buffer may be too large for a bucket, or half of it: MLX's caches hand out larger ones,
+// but a leaf is not to keep a large buffer of the user's for ever.
+constexpr size_t kSlack = size_t(1) << 15;
+
 // True for an array that is all of the memory that MLX has given it.
 bool is_whole(const mx::array& a) {
   return a.data_shared_ptr()->is_owned() && a.flags().row_contiguous && a.data_size() == a.size() &&
@@ -134,8 +138,9 @@ Home::Home(const BucketPlan& plan, const mx::array* parameters)
     memory_ = p.data_shared_ptr().get();
     start_ = p.offset() - place(i);
     size_t bytes = plan.p_blocks * kBlock * itemsize_;
-    if (start_ >= 0 && start_ % kAlignment == 0 &&
-        p.buffer_size() >= static_cast<size_t>(start_) + bytes) {
+    size_t end = static_cast<size_t>(start_) + bytes;
+    if (start_ >= 0 && start_ % kAlignment == 0 && p.buffer_size() >= end &&
+        p.buffer_size() <= end + std::max(bytes / 2, kSlack)) {
       first_ = i;
       for (size_t k = 0; k < n; ++k) {
         count_ += has(k);
@@ -213,8 +218,8 @@ std::vector<mx::array> FusedUpdate::connect(
       mx::array& flat = own.back();
       home.share(flat);
       flat.set_status(mx::array::Status::available);
-      home_.emplace(home);
       leaves_ = std::move(parameters);
+      home_.emplace(*plan_, leaves_.data());
     }
   }
   if (!home_) {
@@ -263,19 +268,20 @@ bool FusedUpdate::place_parameters(
   const mx::array* leaves = home_ ? leaves_.data() : first;
   long leaf_uses = home_ ? 1 : own_uses;
   Home home = home_ ? *home_ : Home(*plan_, first);
+  auto held = [&] {
+    std::vector<size_t> result;
+    for (size_t i = 0; i < num_segments(); ++i) {
+      if (descriptor_uses(leaves[i]) != leaf_uses && home.has(i)) {
+        result.push_back(plan_->segments[i].leaf);
+      }
+    }
+    return result;
+  };
   // What is still queued holds what it reads, on a GPU until its command buffer has run; nothing
   // else keeps an update in place behind the work that reads the old values.
   auto is_alone = [&] {
     auto uses = static_cast<long>(home.count()) + has_flat_parameters();
-    if (home.memory().use_count() != uses) {
-      return false;
-    }
-    for (size_t i = 0; i < num_segments(); ++i) {
-      if (descriptor_uses(leaves[i]) != leaf_uses && home.has(i)) {
-        return false;
-      }
-    }
-    return true;
+    return home.memory().use_count() == uses && held().empty();
   };
   if (home.is_there() && !is_alone()) {
     settle();
@@ -288,15 +294,9 @@ bool FusedUpdate::place_parameters(
   allocate(out);
   ++counters().parameters_fresh;
   if (home.is_there()) {
-    std::vector<size_t> held;
-    for (size_t i = 0; i < num_segments(); ++i) {
-      if (descriptor_uses(leaves[i]) != leaf_uses && home.has(i)) {
-        held.push_back(plan_->segments[i].leaf);
-      }
-    }
     // On a GPU the work that reads the parameters holds their memory at every step.
-    if (holds_operands(stream().device) || !held.empty()) {
-      plan_->kept->suspect(home.memory(), held, plan_->p_blocks);
+    if (auto leaves_held = held(); !leaves_held.empty() || holds_operands(stream().device)) {
+      plan_->kept->suspect(home.memory(), leaves_held, plan_->p_blocks);
     } else {
       plan_->kept->watch(home.memory(), plan_->p_blocks);
     }

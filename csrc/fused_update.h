@@ -206,7 +206,4 @@ class FusedUpdate : public mx::Primitive {
   HeldArrays held_gradients_;  // all of them, or null
 };
 
-// True while a function is traced: what is evaluated then is read again at every replay.
-bool is_tracing();
-
 }  // namespace flatstep

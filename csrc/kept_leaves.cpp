@@ -7,15 +7,12 @@ namespace flatstep {
 // More steps than are queued at once.
 constexpr size_t kWatched = 8;
 
-void KeptLeaves::clear_suspects() {
+void KeptLeaves::join_if_let_go() {
   std::lock_guard lock(mutex_);
   if (memory_.expired()) {
-    for (size_t leaf : suspects_) {
-      apart_[leaf] = false;
-    }
+    has_apart_ = false;
+    std::fill(apart_.begin(), apart_.end(), false);
   }
-  suspects_.clear();
-  has_suspects_ = false;
 }
 
 void KeptLeaves::suspect(const Memory& memory, const std::vector<size_t>& held, size_t whole) {
@@ -38,8 +35,7 @@ void KeptLeaves::watch(const Memory& memory, size_t whole) {
   if (watched_.size() > kWatched) {
     if (!watched_.front().expired()) {
       set_apart(whole, whole);
-      suspects_.clear();
-      has_suspects_ = false;
+      memory_ = watched_.front();
     }
     watched_.pop_front();
   }
@@ -47,12 +43,11 @@ void KeptLeaves::watch(const Memory& memory, size_t whole) {
 
 void KeptLeaves::set_apart(size_t largest, size_t whole) {
   for (size_t leaf = 0; leaf < sizes_.size(); ++leaf) {
-    if (sizes_[leaf] <= largest && keeps_much_else(sizes_[leaf], whole) && !apart_[leaf]) {
+    if (sizes_[leaf] <= largest && keeps_much_else(sizes_[leaf], whole)) {
       apart_[leaf] = true;
-      suspects_.push_back(leaf);
+      has_apart_ = true;
     }
   }
-  has_suspects_ = !suspects_.empty();
 }
 
 }  // namespace flatstep

@@ -1,8 +1,5 @@
-// Which leaves of a bucket get memory of their own.
-//
-// A view keeps the memory of its whole bucket. So where somebody keeps a small leaf from step to
-// step, it and those no larger are copied out of the bucket instead, and the rest goes on in place.
-// What somebody holds is never moved: NumPy, and other threads, may be reading it where it lies.
+// Which leaves of a bucket get memory of their own, because somebody keeps a small one: see "What
+// may be written in place" in docs/engine.md.
 #pragma once
 
 #include <atomic>
@@ -34,11 +31,10 @@ class KeptLeaves {
     return apart_[leaf];
   }
 
-  // Before each update of the bucket. Who held a leaf at the last one, as the rest of a graph does,
-  // may have let it go since; but if the memory is still there, somebody keeps it.
+  // Before each update of the bucket: once nobody holds the memory any more, no leaf is apart.
   void review() {
-    if (has_suspects_) {
-      clear_suspects();
+    if (has_apart_) {
+      join_if_let_go();
     }
   }
 
@@ -52,18 +48,16 @@ class KeptLeaves {
   void watch(const Memory& memory, size_t whole);
 
  private:
-  void clear_suspects();
-  // Those up to this size, but for leaves that are most of the memory.
+  void join_if_let_go();
+  // Leaves up to this size, but for those that are most of the memory.
   void set_apart(size_t largest, size_t whole);
 
   std::mutex mutex_;
   std::vector<size_t> sizes_;
   std::vector<std::atomic<bool>> apart_;
+  std::atomic<bool> has_apart_{false};
+  std::weak_ptr<mx::array::Data> memory_;  // that was held when leaves were last set apart
   std::deque<std::weak_ptr<mx::array::Data>> watched_;
-  // Since the last update: the leaves that it has set apart, and the memory that was held.
-  std::vector<size_t> suspects_;
-  std::atomic<bool> has_suspects_{false};
-  std::weak_ptr<mx::array::Data> memory_;
 };
 
 }  // namespace flatstep

@@ -76,6 +76,7 @@ bool Layout::recurs(const std::vector<size_t>& given) const {
 
 std::shared_ptr<const BucketPlans> Layout::plan(
     const std::vector<size_t>& given, bool recurs) const {
+  recurs = recurs || given.size() == leaves_.size();
   std::lock_guard lock(mutex_);
   for (const auto& cached : cache_) {
     if (cached.recurs == recurs && cached.given == given) {

@@ -106,16 +106,60 @@ def test_what_is_not_kept_goes_on_in_place() -> None:
     assert after["state_fresh"] == before["state_fresh"]
 
 
-def test_leaves_that_were_held_for_a_step_only_go_back_into_their_bucket() -> None:
+@pytest.mark.parametrize("steps", [1, 3])
+def test_leaves_go_back_into_their_bucket_once_nobody_holds_them(steps: int) -> None:
     optimizer = optim.AdamW(1e-2)
     params, gradients = start(), start()
     optimizer.init(params)
-    for step in range(6):
-        held = params["norm"] if step == 3 else None
+    held = []
+    for step in range(12):
+        if 3 <= step < 3 + steps:
+            held.append(params["norm"])
+        elif step == 3 + steps:
+            held.clear()
+        elif step == 8:
+            before = _ext.reuse_counters()
         params = optimizer.apply_gradients(gradients, params)
         mx.eval(params, optimizer.state)
-        del held
     assert optimizer.is_flat(params)
+    assert _ext.reuse_counters()["parameters_fresh"] == before["parameters_fresh"]
+
+
+@pytest.mark.parametrize("queued", [1, 4])
+def test_what_is_kept_while_steps_are_queued_stays_as_it_was(queued: int) -> None:
+    def train(keeps: bool) -> tuple[list[Any], Tree]:
+        optimizer, params, gradients, kept = optim.AdamW(1e-2), start(), start(), []
+        for step in range(24):
+            params = optimizer.apply_gradients(gradients, params)
+            if step % queued == 0:
+                mx.async_eval(params, optimizer.state)
+            # What is kept is a copy where nothing shall be held.
+            now = (params["scale"], params["w3"][2:5])
+            kept.extend(leaf if keeps else leaf * 1 for leaf in now)
+        return kept, params
+
+    kept, params = train(keeps=True)
+    copies, alone = train(keeps=False)
+    assert bits(kept) == bits(copies)
+    assert bits(params) == bits(alone)
+
+
+def test_a_small_leaf_does_not_keep_a_large_buffer_of_its_maker() -> None:
+    def held(library: Any) -> float:
+        gc.collect()
+        before = mx.get_active_memory()
+        large = mx.ones((1 << 20,)) * 2
+        params = {"a": large[:1000], "b": mx.ones((50,)), "c": mx.ones((7,))}
+        mx.eval(params)
+        del large
+        optimizer = library.AdamW(1e-2)
+        gradients = {name: mx.ones(value.shape) for name, value in params.items()}
+        for _ in range(4):
+            params = optimizer.apply_gradients(gradients, params)
+            mx.eval(params, optimizer.state)
+        return mx.get_active_memory() - before
+
+    assert held(optim) <= MORE * held(mlx.optimizers)
 
 
 def test_steps_with_a_part_of_the_leaves_each() -> None:

@@ -280,3 +280,66 @@ def test_a_state_is_cast_to_what_its_new_optimizer_keeps(through: str) -> None:
     for optimizer in (second, expected):
         optimizer.apply_gradients(new_tree(3), params)
     assert_trees_equal(second.state, expected.state)
+
+
+# ---- Parts of a state in other states ----
+
+
+def trained_with_a_list() -> tuple[Any, Any, Any]:
+    optimizer = optim.AdamW(1e-2)
+    params = {"l": [{"w": mx.ones((4,))}, {"w": mx.ones((4,)) * 2}], "b": mx.ones((3,))}
+    gradients = {"l": [{"w": mx.ones((4,))}, {"w": mx.ones((4,))}], "b": mx.ones((3,))}
+    params = optimizer.apply_gradients(gradients, params)
+    return optimizer, params, gradients
+
+
+@pytest.mark.parametrize("of_another", [False, True])
+def test_a_dict_of_a_states_parts_is_a_state_that_compiles(of_another: bool) -> None:
+    optimizer, params, gradients = trained_with_a_list()
+    expected = optimizer.apply_gradients(gradients, params)
+    optimizer, params, gradients = trained_with_a_list()
+    target = optim.AdamW(1e-2) if of_another else optimizer
+    target.state = {**optimizer.state, "learning_rate": mx.array(1e-2)}
+
+    def step() -> Any:
+        return target.apply_gradients(gradients, params)
+
+    state = target.state
+    assert_trees_equal(mx.compile(step, inputs=state, outputs=state)(), expected)
+    mx.eval(target.state)
+    assert target.state["step"].item() == 2
+
+
+def test_a_state_goes_into_mlx_as_it_is() -> None:
+    optimizer, params, gradients = trained_with_a_list()
+    theirs = mlx.optimizers.AdamW(1e-2)
+    theirs.state = optimizer.state
+    got = theirs.apply_gradients(gradients, params)
+    optimizer, params, gradients = trained_with_a_list()
+    expected = optimizer.apply_gradients(gradients, params)
+    for (_, a), (_, b) in zip(tree_flatten(got), tree_flatten(expected), strict=True):
+        assert mx.allclose(a, b, rtol=1e-5)
+
+
+def test_a_part_that_was_taken_before_an_assignment_is_not_put_back_in_silence() -> None:
+    optimizer, _, _ = trained_with_a_list()
+    saved = optimizer.state["b"]
+    copy_of_it = tree_map(lambda leaf: leaf, saved)
+    optimizer.state["b"] = {}
+    with pytest.raises(ValueError, match="copy it first"):
+        optimizer.state["b"] = saved
+    optimizer.state["b"] = copy_of_it
+    assert_trees_equal(optimizer.state["b"], copy_of_it)
+
+
+def test_frozen_quantized_weights_have_no_state_whatever_mlx_keeps_for_them() -> None:
+    params = {"q": mx.ones((4, 2), mx.uint32), "w": mx.ones((3,))}
+    theirs = mlx.optimizers.AdamW(1e-2)
+    theirs.init(params)
+    optimizer = optim.AdamW(1e-2)
+    optimizer.state = theirs.state
+    optimizer.init(params)
+    assert optimizer.state["q"] == {}
+    params |= optimizer.apply_gradients({"w": mx.ones((3,))}, params)
+    params |= optimizer.apply_gradients({"w": mx.ones((3,))}, params)
+    assert optimizer.is_flat(params)

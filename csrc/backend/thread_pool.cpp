@@ -8,6 +8,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -96,7 +97,7 @@ class Loop {
 
 class Pool {
  public:
-  explicit Pool(size_t num_workers) {
+  explicit Pool(size_t num_workers) : parts_(num_workers + 1) {
     threads_.reserve(num_workers);
     sigset_t all, previous;
     sigfillset(&all);
@@ -109,7 +110,6 @@ class Pool {
       // The system gives no more threads or memory: those that there are share the work.
     }
     pthread_sigmask(SIG_SETMASK, &previous, nullptr);
-    parts_ = std::vector<Part>(threads_.size() + 1);
   }
 
   ~Pool() {
@@ -243,7 +243,12 @@ void parallel_for(size_t count, size_t grain, const std::function<void(size_t, s
   }
   std::lock_guard lock(shared.mutex);
   if (shared.pool == nullptr) {
-    shared.pool = new Pool(shared.num_threads - 1);
+    try {
+      shared.pool = new Pool(shared.num_threads - 1);
+    } catch (const std::bad_alloc&) {
+      body(0, count);
+      return;
+    }
   }
   shared.pool->share(body, count, grain);
 }

@@ -1,4 +1,4 @@
-"""Checks of single values, with errors that name the argument, its value and what is allowed."""
+"""Checks of what a user passes: errors name the argument, its value and what is allowed."""
 
 import math
 from typing import Any
@@ -48,17 +48,21 @@ def check_tree(name: str, tree: Any) -> None:
     )
 
 
-def check_parameters(tree: Any) -> None:
-    """Raises TypeError, naming the path, when a tree of parameters has something else in it."""
+def with_state(tree: Any) -> Any:
+    """A tree of parameters, with {} for those that get no state.
+
+    Raises TypeError, naming the path, when it has something else in it.
+    """
     check_tree("parameters", tree)
     check_depth("parameters", tree)
 
-    def check(keys: Keys, node: Any) -> Any:
+    def expand(keys: Keys, node: Any) -> Any:
         if isinstance(node, CONTAINERS):
             return inner_like(node, children(node))
-        return check_array(f"{path_of(keys)}: a parameter", node)
+        check_array(f"{path_of(keys)}: a parameter", node)
+        return node if node.dtype in FLOATING else {}
 
-    build(check, tree)
+    return build(expand, tree)
 
 
 def check_state(state: Any) -> None:

@@ -14,9 +14,9 @@ from .checks import (
     check_array,
     check_flat_arrays,
     check_layout,
-    check_parameters,
     check_state,
     check_tree,
+    with_state,
 )
 from .layout import FLOATING, Layout, Segment, name_of
 from .schedulers import plain_schedule
@@ -256,8 +256,8 @@ class FusedOptimizer(Optimizer):
             TypeError: the tree is no dict, or a leaf no array.
             ValueError: the tree does not fit the layout; the message names the path.
         """
-        tree = parameters.parameters() if isinstance(parameters, Module) else parameters
-        check_parameters(tree)
+        is_module = isinstance(parameters, Module)
+        tree = with_state(parameters.parameters() if is_module else parameters)
         layout = self._state.layout if isinstance(self._state, State) else None
         if layout is None:
             return False

@@ -20,7 +20,7 @@ from . import _ext
 from .checks import as_learning_rate, as_step
 from .layout import BUCKET_BYTES, Layout
 from .live import LiveMapping
-from .state_nodes import assign, node_at, refill
+from .state_nodes import Node, assign, node_at, refill
 from .trees import FLAT_KEY, merge_trees
 from .walk import check_depth, plain
 
@@ -45,7 +45,7 @@ class State(LiveMapping):
         if isinstance(value, cls) or not isinstance(value, dict):
             return value
         _check_tree(value)
-        state = cls(value)
+        state = cls({key: _owned(item) for key, item in value.items()})
         if FLAT_KEY in value:
             state._known_layout = _checked_flat(value[FLAT_KEY])
             dict.__setitem__(state, FLAT_KEY, _copied(value[FLAT_KEY]))
@@ -178,7 +178,12 @@ def _checked(key: Any, value: Any) -> Any:
     if key == "learning_rate":
         return as_learning_rate(value)
     _check_tree({key: value})
-    return value
+    return _owned(value)
+
+
+def _owned(value: Any) -> Any:
+    """An entry of a plain state: of a part of another state, which lives on with that, a copy."""
+    return plain(value) if isinstance(value, Node) else value
 
 
 def _check_tree(tree: Any) -> None:

@@ -2,13 +2,13 @@
 
 Each question in Python is answered from the flat arrays as they are then, and each assignment
 writes them, so that a node which somebody keeps is as MLX's own dict would be, and no array is held
-by it. MLX's C++ functions read the storage underneath instead. There they find nothing that they
-take; only while a function is traced, when a node may be what it returns, is the storage filled.
+by it. MLX's C++ functions read the storage underneath instead, which is filled only while a
+function is traced, when a node may be what it returns: docs/engine.md, "The state".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -87,10 +87,12 @@ class Node:
         return self._place
 
     def _child(self, place: Any, key: Any) -> Any:
-        return node_at(self._state, self._layout, (*self._keys, key), place)
+        # Filled or not as its parent: MLX's functions ask a list for its items.
+        return KINDS[type(place)].make(self._state, self._layout, (*self._keys, key), place)
 
     def _write(self, items: dict[Any, Any]) -> None:
         assign(self._state, self._keys, self._here(), items)
+        self._replaced = self._state.replaced
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise ValueError(
@@ -264,10 +266,10 @@ def assign(state: FlatState, keys: Keys, place: Any, items: dict[Any, Any]) -> N
             new.append((place, slot, value))
     else:
         for key, value in items.items():
-            if key not in place if isinstance(place, dict) else False:
+            if isinstance(place, dict) and key not in place:
                 raise _unknown((*keys, key))
             new += _replacements(state, layout, (*keys, key), place[key], value)
-        state.replaced += 1
+        state.replaced += bool(new)
     for number, slot, array in new:
         layout.write_leaf(state.flat_arrays(slot), number, array)
     refill(state)
@@ -275,9 +277,10 @@ def assign(state: FlatState, keys: Keys, place: Any, items: dict[Any, Any]) -> N
 
 def _replacements(
     state: FlatState, layout: Layout, keys: Keys, place: Any, value: Any
-) -> Iterable[tuple[int, str, mx.array | None]]:
+) -> list[tuple[int, str, mx.array | None]]:
     """(leaf, slot, array) for all that lies below a place to which a value is assigned."""
-    if isinstance(value, Node) and value._state is state and value._keys == keys:
+    is_here = isinstance(value, Node) and value._state is state and value._keys == keys
+    if is_here and value._replaced == state.replaced:
         return []  # `node |= ...` writes, and then assigns the node to where it is
     new: list[tuple[int, str, mx.array | None]] = []
     todo = [(keys, place, value)]

@@ -44,6 +44,8 @@ def merge_trees(
         if is_array(parameter):
             if parameter.dtype in FLOATING:
                 return leaf(keys, parameter, held)
+            if keys not in known:
+                return {}  # MLX keeps state for it, which no step reads
             parameter = ABSENT
         kind = held if parameter is ABSENT else parameter
         if parameter is ABSENT:
