@@ -371,7 +371,9 @@ NB_MODULE(_ext, m) {
           view_specs.push_back({std::move(shape), offset, is_apart ? always() : nullptr});
         }
         auto shared = std::make_shared<const std::vector<ViewSpec>>(std::move(view_specs));
-        return views(flat, std::move(shared), s);
+        // A leaf that is read is no part of a graph, which would keep the whole bucket.
+        return flat.is_available() && !is_tracing() ? views_of_available(flat, std::move(shared))
+                                                    : views(flat, std::move(shared), s);
       },
       "flat"_a,
       "specs"_a,

@@ -1,6 +1,7 @@
 #include "view.h"
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -45,10 +46,8 @@ void add_node(
   }
 }
 
-}  // namespace
-
-std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamOrDevice s) {
-  for (const ViewSpec& spec : *specs) {
+void check(const mx::array& flat, const std::vector<ViewSpec>& specs) {
+  for (const ViewSpec& spec : specs) {
     if (spec.offset + size_of_shape(spec.shape) > flat.size()) {
       std::ostringstream message;
       message << "[view] a view of shape " << spec.shape << " at element " << spec.offset
@@ -56,6 +55,12 @@ std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamO
       throw std::invalid_argument(message.str());
     }
   }
+}
+
+}  // namespace
+
+std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamOrDevice s) {
+  check(flat, *specs);
   auto stream = mx::to_stream(s);
   std::vector<mx::array> result;
   result.reserve(specs->size());
@@ -63,6 +68,20 @@ std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamO
     add_node(flat, stream, specs, first, std::min(kViewsPerNode, specs->size() - first), result);
   }
   return result;
+}
+
+std::vector<mx::array> views_of_available(const mx::array& flat, ViewSpecs specs) {
+  check(flat, *specs);
+  std::vector<mx::array> outputs;
+  for (const ViewSpec& spec : *specs) {
+    outputs.push_back(mx::array(spec.shape, flat.dtype(), nullptr, {}));
+    outputs.back().set_status(mx::array::Status::available);
+  }
+  View view(mx::default_stream(mx::Device::cpu), specs, 0, specs->size());
+  for (auto& [i, part] : view.place_outputs(flat, outputs)) {
+    std::memcpy(outputs[i].data<char>(), part.data<char>(), part.nbytes());
+  }
+  return outputs;
 }
 
 std::shared_ptr<const std::atomic<bool>> always() {

@@ -38,6 +38,9 @@ using ViewSpecs = std::shared_ptr<const std::vector<ViewSpec>>;
 // Throws std::invalid_argument when a part does not lie within the array.
 std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamOrDevice s = {});
 
+// The same at once, with no graph, of an array that is available.
+std::vector<mx::array> views_of_available(const mx::array& flat, ViewSpecs specs);
+
 class View : public mx::Primitive {
  public:
   // Makes views number `first` to `first + count - 1` of the specs.

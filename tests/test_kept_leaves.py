@@ -144,6 +144,21 @@ def test_what_is_kept_while_steps_are_queued_stays_as_it_was(queued: int) -> Non
     assert bits(params) == bits(alone)
 
 
+@pytest.mark.parametrize("leaf", ["norm", "w1"])
+def test_state_that_is_kept_and_never_looked_at(leaf: str) -> None:
+    def held(library: Any) -> float:
+        gc.collect()
+        before = mx.get_active_memory()
+        optimizer, params, gradients, kept = library.AdamW(1e-2), start(), start(), []
+        for _ in range(STEPS):
+            params = optimizer.apply_gradients(gradients, params)
+            mx.eval(params, optimizer.state)
+            kept.append(optimizer.state[leaf]["v"])
+        return mx.get_active_memory() - before
+
+    assert held(optim) <= MORE * held(mlx.optimizers)
+
+
 def test_a_small_leaf_does_not_keep_a_large_buffer_of_its_maker() -> None:
     def held(library: Any) -> float:
         gc.collect()

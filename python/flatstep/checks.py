@@ -139,6 +139,8 @@ def as_step(value: Any) -> mx.array:
         if mx.issubdtype(value.dtype, mx.signedinteger):
             return as_step(value.reshape(()).item())
         return value.astype(mx.uint64).reshape(())
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-        raise ValueError(f"step should be a whole number >= 0, {value!r} was provided instead")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(
+            f"step should be a whole number from 0 to 2**63 - 1, {value!r} was provided instead"
+        )
     return mx.array(value, mx.uint64)

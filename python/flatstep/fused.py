@@ -203,8 +203,9 @@ class FusedOptimizer(Optimizer):
         """The optimizer's state: ``step`` (uint64), ``learning_rate`` (float32) and a tree of the
         parameters' structure with a dict of arrays for each parameter.
 
-        The arrays are made of the flat state when asked for. Set it to a tree of this
-        optimizer, of the same class of ``mlx.optimizers``, or to what a compiled function returned.
+        The arrays are made when asked for: assign new ones, editing them in place changes nothing
+        here. Set it to a tree of this optimizer, of its class in MLX, or to what a compiled function
+        returned.
         """
         return self._state
 
@@ -256,8 +257,7 @@ class FusedOptimizer(Optimizer):
             TypeError: the tree is no dict, or a leaf no array.
             ValueError: the tree does not fit the layout; the message names the path.
         """
-        is_module = isinstance(parameters, Module)
-        tree = with_state(parameters.parameters() if is_module else parameters)
+        tree = with_state(parameters.parameters() if isinstance(parameters, Module) else parameters)
         layout = self._state.layout if isinstance(self._state, State) else None
         if layout is None:
             return False

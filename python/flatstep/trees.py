@@ -65,8 +65,8 @@ def merge_trees(
             held and isinstance(held, dict) != isinstance(kind, dict)
         ):
             raise ValueError(
-                f"{path_of(keys)}: the state holds a {type(held).__name__} here, the parameters a "
-                f"{type(kind).__name__}; mlx.utils.tree_unflatten makes lists of numbered names, "
+                f"{path_of(keys)}: the state holds a {plain_name(held)} here, the parameters a "
+                f"{plain_name(kind)}; mlx.utils.tree_unflatten makes lists of numbered names, "
                 "and {} starts again from zero"
             )
         if isinstance(kind, dict):
@@ -94,6 +94,11 @@ def merge_trees(
         if key in parameters or key in own or (key not in RESERVED and _has_state(value, slots))
     }
     return build(expand, (parameters, held)), leaves, values
+
+
+def plain_name(container: Any) -> str:
+    """What a container is to a user, also where it is a part of a state."""
+    return next(k.__name__ for k in (dict, list, tuple, object) if isinstance(container, k))
 
 
 def named(keys: Keys, ours: Any, theirs: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
