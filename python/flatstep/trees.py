@@ -98,7 +98,7 @@ def merge_trees(
 
 def plain_name(container: Any) -> str:
     """What a container is to a user, also where it is a part of a state."""
-    return next(k.__name__ for k in (dict, list, tuple, object) if isinstance(container, k))
+    return next(k.__name__ for k in (*CONTAINERS, type(container)) if isinstance(container, k))
 
 
 def named(keys: Keys, ours: Any, theirs: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
