@@ -9,9 +9,10 @@ VENV ?= .venv
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # A worker for each core; what is left goes to those that are idle, so few make a fixture twice.
 WORKERS := -n auto --dist worksteal
-# All of the C++ runs in these. The others take long, measure, or ask what torch does; what is queued
-# asks the same of every rule.
-SANITIZED_TESTS := $(foreach test,torch memory bench_command bench_tools,--ignore=tests/test_$(test).py) \
+# All of the C++ runs in these. The others take long, measure, limit memory, or ask what torch does;
+# what is queued asks the same of every rule.
+NOT_SANITIZED := torch memory out_of_memory bench_command bench_tools
+SANITIZED_TESTS := $(foreach test,$(NOT_SANITIZED),--ignore=tests/test_$(test).py) \
   --ignore=tests/metal --deselect=tests/test_parity.py::test_a_thousand_steps \
   '--deselect=tests/test_queued.py::test_steps_that_wait_together_are_what_they_are_alone[Adam' \
   '--deselect=tests/test_queued.py::test_a_step_reads_gradients_that_are_queued_before_it[Adam'
