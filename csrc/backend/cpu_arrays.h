@@ -17,6 +17,7 @@ namespace mx = mlx::core;
 
 inline constexpr size_t kBlockElements = 1024;
 inline constexpr size_t kMaxSlots = 2;
+static_assert(2 + kMaxSlots <= kPanelBuffers);
 
 using Scratch = float[kBlockElements];
 
@@ -52,12 +53,6 @@ class Input {
   std::shared_ptr<const StridedLayout> layout_;  // null for a contiguous array
 };
 
-// Room for the walks of one thread, kept from task to task.
-inline std::vector<uint32_t>& walk_buffer(size_t number) {
-  thread_local std::array<std::vector<uint32_t>, 2 + kMaxSlots> buffers;
-  return buffers[number];
-}
-
 // One thread's walk through an input.
 class Walk {
  public:
@@ -65,7 +60,7 @@ class Walk {
   Walk(const Input& input, size_t end, size_t number) : input_(input) {
     if (input.layout_) {
       reader_.emplace(
-          *input.layout_, input.data_, mx::size_of(input.dtype_), end, walk_buffer(number));
+          *input.layout_, input.data_, mx::size_of(input.dtype_), end, panel_buffer(number));
     }
   }
 

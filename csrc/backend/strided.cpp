@@ -1,7 +1,11 @@
 #include "backend/strided.h"
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <memory>
 #include <new>
 
 namespace flatstep {
@@ -121,6 +125,25 @@ void copy_panel(const StridedLayout& layout, const Panel& panel, const T* data, 
 
 }  // namespace
 
+// Not thread_local: where there is no memory for such a variable the C library ends the process.
+PanelBuffer* panel_buffer(size_t number) {
+  using Buffers = std::array<PanelBuffer, kPanelBuffers>;
+  static const pthread_key_t key = [] {
+    pthread_key_t made{};
+    pthread_key_create(&made, [](void* buffers) { delete static_cast<Buffers*>(buffers); });
+    return made;
+  }();
+  auto* buffers = static_cast<Buffers*>(pthread_getspecific(key));
+  if (buffers == nullptr) {
+    auto fresh = std::unique_ptr<Buffers>(new (std::nothrow) Buffers);
+    if (fresh == nullptr || pthread_setspecific(key, fresh.get()) != 0) {
+      return nullptr;
+    }
+    buffers = fresh.release();
+  }
+  return &(*buffers)[number];
+}
+
 StridedLayout::StridedLayout(const mx::array& a) {
   for (size_t i = 0; i < a.ndim(); ++i) {
     auto size = static_cast<size_t>(a.shape()[i]);
@@ -170,11 +193,14 @@ const char* StridedReader::read(size_t begin, size_t limit, size_t& count) {
 }
 
 uint32_t* StridedReader::reserve(size_t bytes) noexcept {
+  if (buffer_ == nullptr) {
+    return nullptr;
+  }
   try {
-    if (buffer_.size() * sizeof(uint32_t) < bytes) {
-      buffer_.resize((bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t));
+    if (buffer_->size() * sizeof(uint32_t) < bytes) {
+      buffer_->resize((bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t));
     }
-    return buffer_.data();
+    return buffer_->data();
   } catch (const std::bad_alloc&) {
     return nullptr;
   }

@@ -60,17 +60,22 @@ struct Panel {
   size_t pitch;  // from row to row in the buffer
 };
 
+using PanelBuffer = std::vector<uint32_t>;
+inline constexpr size_t kPanelBuffers = 4;
+
+// One of this thread's own, kept from task to task. Null where there is no memory for it.
+PanelBuffer* panel_buffer(size_t number);
+
 // One thread's walk through an array.
 class StridedReader {
  public:
-  // `walk_end` is where the walk will end, and `buffer` the caller's, so that its memory can serve
-  // one walk after the other.
+  // `walk_end` is where the walk will end.
   StridedReader(
       const StridedLayout& layout,
       const char* data,
       size_t itemsize,
       size_t walk_end,
-      std::vector<uint32_t>& buffer)
+      PanelBuffer* buffer)
       : layout_(layout), data_(data), itemsize_(itemsize), walk_end_(walk_end), buffer_(buffer) {
   }
 
@@ -86,7 +91,7 @@ class StridedReader {
   const char* data_;
   size_t itemsize_;
   size_t walk_end_;
-  std::vector<uint32_t>& buffer_;
+  PanelBuffer* buffer_;
   Panel panel_{};
   const uint32_t* elements_{nullptr};  // the panel's
   // Takes the buffer's place where there is no memory: a step that has begun cannot fail.
