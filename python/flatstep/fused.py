@@ -204,8 +204,8 @@ class FusedOptimizer(Optimizer):
         parameters' structure with a dict of arrays for each parameter.
 
         The arrays are made when asked for: assign new ones, editing them in place changes nothing
-        here. Set it to a tree of this optimizer, of its class in MLX, or to what a compiled function
-        returned.
+        here. Set it to a tree of this optimizer or of its class in MLX, or to what a compiled
+        function returned.
         """
         return self._state
 
