@@ -6,7 +6,18 @@ from typing import Any
 import mlx.core as mx
 
 from .layout import FLOATING, Layout, LeafSpec, unsupported
-from .walk import CONTAINERS, Inner, Keys, build, check_depth, children, inner_like, path_of, shown
+from .walk import (
+    CONTAINERS,
+    Inner,
+    Keys,
+    build,
+    check_depth,
+    children,
+    inner_like,
+    path_of,
+    plain_name,
+    shown,
+)
 
 # Names that a state has at its top beside those of the parameters.
 FLAT_KEY = "__flatstep__"
@@ -94,11 +105,6 @@ def merge_trees(
         if key in parameters or key in own or (key not in RESERVED and _has_state(value, slots))
     }
     return build(expand, (parameters, held)), leaves, values
-
-
-def plain_name(container: Any) -> str:
-    """What a container is to a user, also where it is a part of a state."""
-    return next(k.__name__ for k in (*CONTAINERS, type(container)) if isinstance(container, k))
 
 
 def named(keys: Keys, ours: Any, theirs: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:

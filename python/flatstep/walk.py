@@ -23,9 +23,14 @@ def path_of(keys: Keys) -> str:
     return ".".join(names)
 
 
+def plain_name(value: Any) -> str:
+    """What a value is to a user: a part of a state is a dict, list or tuple."""
+    return next(k.__name__ for k in (*CONTAINERS, type(value)) if isinstance(value, k))
+
+
 def shown(value: Any) -> str:
     """A misfit as an error names it."""
-    return type(value).__name__ if isinstance(value, (*CONTAINERS, mx.array)) else repr(value)
+    return plain_name(value) if isinstance(value, (*CONTAINERS, mx.array)) else repr(value)
 
 
 def children(container: Any) -> Iterable[tuple[Any, Any]]:

@@ -172,18 +172,17 @@ def overlaps() -> simulator.Library:
     return build_bodies("overlap", ALL_THE_SAME, [body for body, _ in [*OVERLAPS, *APART]])
 
 
+def run_on_one_array(library, number, x, order):
+    buffers = dict.fromkeys(range(5), x)
+    library.run(f"overlap_{number}", grid=(8,), threads=(4,), buffers=buffers, order=order)
+
+
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.parametrize("number", range(len(OVERLAPS)), ids=[body for body, _ in OVERLAPS])
 def test_what_one_buffer_writes_is_not_touched_through_another(overlaps, number, order):
     x = np.arange(16, dtype=np.float32)
     with pytest.raises(KernelError, match=f"({OVERLAPS[number][1]}) .*do not overlap"):
-        overlaps.run(
-            f"overlap_{number}",
-            grid=(8,),
-            threads=(4,),
-            buffers=dict.fromkeys(range(5), x),
-            order=order,
-        )
+        run_on_one_array(overlaps, number, x, order)
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
@@ -191,13 +190,7 @@ def test_what_one_buffer_writes_is_not_touched_through_another(overlaps, number,
 def test_buffers_may_overlap_where_one_alone_touches_what_it_writes(overlaps, number, order):
     x = np.arange(16, dtype=np.float32)
     expected = APART[number][1](x[:8].copy(), x[8:].copy())
-    overlaps.run(
-        f"overlap_{len(OVERLAPS) + number}",
-        grid=(8,),
-        threads=(4,),
-        buffers=dict.fromkeys(range(5), x),
-        order=order,
-    )
+    run_on_one_array(overlaps, len(OVERLAPS) + number, x, order)
     np.testing.assert_array_equal(x, np.concatenate(expected))
 
 
