@@ -55,14 +55,14 @@ test-all: $(VENV)/.test clang-for-tests
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m bench.run $(ARGS)
+	$(BIN)/python -m flatstep bench $(ARGS)
 
-profile: $(VENV)/.bench
-	$(BIN)/python -m bench.profile $(ARGS)
+profile: $(VENV)/.package
+	$(BIN)/python -m flatstep.benchmark.profile $(ARGS)
 
 # Needs valgrind. ARGS=--accept makes what it counts the bound.
-instructions: $(VENV)/.bench
-	$(BIN)/python -m bench.instructions $(ARGS)
+instructions: $(VENV)/.package
+	$(BIN)/python -m flatstep.benchmark.instructions $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def choose_device(
     return "cpu", f"{what} on the CPU and not on MLX's default device: {why}"
 
 
-def require_writable(path: Path | None, parser: argparse.ArgumentParser) -> None:
+def require_writable(
+    path: Path | None, parser: argparse.ArgumentParser, option: str = "--json"
+) -> None:
     """Before anything runs for long. What is there stays as it is."""
     if path:
         try:
@@ -35,7 +38,7 @@ def require_writable(path: Path | None, parser: argparse.ArgumentParser) -> None
             if is_new:
                 path.unlink()
         except OSError as error:
-            parser.error(f"--json {path}: {error.strerror}")
+            parser.error(f"{option} {path}: {error.strerror}")
 
 
 def write_json(path: Path, report: Any) -> None:
@@ -69,3 +72,13 @@ def print_row(name: str, value: str) -> None:
 def print_wrapped(text: str, start: str = "  ") -> None:
     indent = " " * min(18, len(start) + 2)
     print(textwrap.fill(text, WIDTH, initial_indent=start, subsequent_indent=indent))
+
+
+def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints columns under a title: the first aligned to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join(["", first.ljust(widths[0]), *cells]).rstrip(), flush=True)

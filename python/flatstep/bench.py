@@ -1,11 +1,12 @@
-"""``python -m flatstep bench``: how fast is a step here, beside mlx.optimizers and the memory?
+"""``python -m flatstep bench``: how fast is a step here, beside its peers and the memory?
 
 Each library runs in a process of its own, in turns with a floor that moves the same bytes and
-computes next to nothing. On a Mac's GPU a prediction stands beside each time.
+computes next to nothing.
 """
 
 import argparse
-import dataclasses
+import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +16,19 @@ from ._command_line import (
     WIDTH,
     choose_device,
     print_environment,
+    print_row,
     print_wrapped,
     require_writable,
     write_json,
 )
-from .benchmark import apple_gpu, table
-from .benchmark.cases import CASES, COMMAND_CASES, Setting
-from .benchmark.contenders import GROUPS, bytes_needed, fitting
-from .benchmark.floor import LITTLE_MEMORY
+from .benchmark.cases import CASES, PLAN, Setting
+from .benchmark.contenders import bytes_needed, fitting, groups, usable_bytes
+from .benchmark.goals import GOALS, print_goals
 from .benchmark.measure import FULL, QUICK, Budget
-from .benchmark.memory import total_bytes, usable_bytes
-from .benchmark.process import Job, WorkerError, run_worker
 from .benchmark.results import Result
-from .diagnosis.environment import DEVICES, device_name
+from .benchmark.worker import Job, WorkerError, run_worker
+from .diagnosis.environment import DEVICES
 
-MOST_RUNS = 10_000
-MOST_MEMORY = 0.5  # of the machine's
 INTERRUPTED = 130
 
 
@@ -39,11 +37,11 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure a step on this machine, beside mlx.optimizers",
-        description="Measures a step of flatstep, of mlx.optimizers, and the time that moving the "
-        "same bytes takes.",
+        description="Measures a step of flatstep, of mlx.optimizers, of torch where it is "
+        "installed, and the time that moving the same bytes takes.",
         epilog="Cases: "
-        + "; ".join(f"{name}: {CASES[name][0]}" for name in COMMAND_CASES)
-        + ". The exit status is 1 if something could not be measured.",
+        + "; ".join(f"{name}: {text}" for name, (text, _) in CASES.items())
+        + ". The exit status is 1 if something could not be measured, or a goal is not met.",
     )
     parser.add_argument(
         "--device",
@@ -52,63 +50,71 @@ def add_command(commands: Any) -> None:
         "else the CPU)",
     )
     parser.add_argument(
-        "--case", nargs="+", choices=COMMAND_CASES, metavar="CASE", help="default: all of them"
+        "--case", nargs="+", choices=CASES, metavar="CASE", help="default: all of them"
     )
     parser.add_argument("--quick", action="store_true", help="only AdamW in float32, fewer runs")
-    parser.add_argument(
-        "--runs",
-        type=_runs,
-        metavar="N",
-        help=f"runs of each (default: as many as {FULL.seconds:.0f} seconds take)",
-    )
+    parser.add_argument("--goals", action="store_true", help="only what has a goal, and judge it")
     parser.add_argument("--json", metavar="PATH", type=Path, help="write all runs as JSON, too")
+    parser.add_argument("--plot", metavar="PATH", type=Path, help="draw a picture with matplotlib")
     parser.set_defaults(run=lambda options: run(options, parser))
 
 
-def _runs(text: str) -> int:
-    if not (text.isdecimal() and 1 <= int(text) <= MOST_RUNS):
-        raise argparse.ArgumentTypeError(f"should be from 1 to {MOST_RUNS:,}, not {text!r}")
-    return int(text)
-
-
-def plan(cases: list[str] | None, quick: bool) -> list[Setting]:
-    """The settings to measure, each once."""
-    rules, dtypes = (("adamw",), ("fp32",)) if quick else (("adamw", "sgd"), ("fp32", "bf16"))
-    names = dict.fromkeys(cases or COMMAND_CASES)
-    return [Setting(name, rule, dtype) for name in names for rule in rules for dtype in dtypes]
+def plan(cases: list[str] | None, quick: bool, goals: bool, device: str) -> list[Setting]:
+    """The settings to measure."""
+    with_goal = {goal.setting for goal in GOALS}
+    return [
+        setting
+        for setting in PLAN
+        if setting.runs_on(device)
+        and (not cases or setting.case in cases)
+        and (not quick or setting == Setting(setting.case))
+        and (not goals or setting in with_goal)
+    ]
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Runs the command; returns the exit status."""
     device, note = choose_device(options.device, parser, "steps run")
     require_writable(options.json, parser)
-    budget = QUICK if options.quick else FULL
-    if options.runs:
-        budget = Budget(None, options.runs, options.runs)
+    require_writable(options.plot, parser, "--plot")
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib, which is not installed")
+    settings = plan(options.case, options.quick, options.goals, device)
+    if not settings:
+        parser.error(f"--goals: there is none for {', '.join(options.case)}")
     print("flatstep bench")
     environment = print_environment(note)
-    chips = apple_gpu.chips_named(device_name("gpu")) if device == "gpu" else []
-    _explain(device, chips)
-    report: dict[str, Any] = {
-        "environment": environment,
-        "device": device,
-        "note": note,
-        "chips": [dataclasses.asdict(chip) for chip in chips],
-        "results": [],
-        "problems": [],
-    }
+    if importlib.util.find_spec("torch"):
+        environment["torch"] = importlib.metadata.version("torch")
+        print_row("torch", environment["torch"])
+    _explain(device)
+    results: list[Result] = []
+    problems: list[str] = []
     try:
-        _measure_all(plan(options.case, options.quick), device, budget, chips, report)
+        _measure_all(settings, device, QUICK if options.quick else FULL, results, problems)
     except KeyboardInterrupt:
         print("\ninterrupted")
         return INTERRUPTED
     finally:
         if options.json:
+            report = {
+                "environment": environment,
+                "device": device,
+                "note": note,
+                "results": [result.as_json() for result in results],
+                "problems": problems,
+            }
             write_json(options.json, report)
-    return 1 if report["problems"] or not report["results"] else 0
+    met = not options.goals or print_goals(settings, results)
+    if options.plot and results:
+        from .benchmark.plot import draw
+
+        draw(results, f"{environment['devices']}, {environment['machine']}", options.plot)
+        print(f"\nwrote {options.plot}")
+    return 1 if problems or not met else 0
 
 
-def _explain(device: str, chips: list[apple_gpu.Chip]) -> None:
+def _explain(device: str) -> None:
     print(f"\nSteps on the {device.upper()}")
     floor = "flatstep's threads pass over" if device == "cpu" else "MLX's a += b moves"
     print_wrapped(
@@ -116,60 +122,48 @@ def _explain(device: str, chips: list[apple_gpu.Chip]) -> None:
         f"and before each run the floor: {floor} as many bytes as flatstep's step. 'x floor' is "
         "the median of the ratios; 'extra' the peak of memory above what is held."
     )
-    if chips:
-        print_wrapped(
-            f"'predicted' is a model's range in ms for {chips[0].name}, which no Mac has checked "
-            "yet; ! marks what is outside. docs/apple_gpu_model.md says what it assumes."
-        )
-    elif device == "gpu":
-        print_wrapped(f"There is no prediction for {device_name('gpu')}.")
+    if device == "gpu":
+        print_wrapped("docs/apple_gpu_model.md says what an Apple GPU should take.")
 
 
 def _measure_all(
     settings: list[Setting],
     device: str,
     budget: Budget,
-    chips: list[apple_gpu.Chip],
-    report: dict[str, Any],
+    results: list[Result],
+    problems: list[str],
 ) -> None:
+    """Adds to the results and the problems as it goes."""
     for number, setting in enumerate(settings):
         start = f"{number + 1} of {len(settings)}: {setting.label}"
-        result, problems = _measure(setting, device, budget, start)
-        print()
+        result, wrong = _measure(setting, device, budget, start)
         if result.series:
-            predictions = {
-                name: apple_gpu.predict(name, setting, chips) for name in ("floor", *result.series)
-            }
-            print("\n".join(table.lines(result, predictions)), flush=True)
-            report["results"].append(table.as_json(result, predictions))
+            result.print()
+            results.append(result)
         else:
-            print(setting.label, flush=True)
-        for problem in problems:
+            print(f"\n{setting.label}", flush=True)
+        for problem in wrong:
             print_wrapped(problem)
-        report["problems"] += [f"{setting.label}: {problem}" for problem in problems]
+        problems += [f"{setting.label}: {problem}" for problem in wrong]
 
 
 def _measure(setting: Setting, device: str, budget: Budget, start: str) -> tuple[Result, list[str]]:
     """What was measured, and what could not be."""
     result, problems = Result(setting, {}), []
-    usable = min(MOST_MEMORY * total_bytes(), usable_bytes())
-    for group, names in GROUPS.items():
-        jobs = fitting(setting, names, usable, LITTLE_MEMORY)
+    usable = usable_bytes()
+    for names in groups(setting, device):
+        jobs = fitting(setting, names, usable)
         for name in names:
             if not any(name in job for job in jobs):
-                needed = bytes_needed(setting, (name,), LITTLE_MEMORY)
+                needed = bytes_needed(setting, (name,))
                 problems.append(
                     f"left out: {name} needs {needed / 1e9:.1f} GB of memory; half of this "
                     f"machine's, or what is free of it, is {usable / 1e9:.1f} GB"
                 )
         for job in jobs:
-            report = _progress(f"{start}, {group}")
+            report = _progress(f"{start}, {job[0].split()[0]}")
             try:
-                result.series |= run_worker(
-                    "flatstep.benchmark.worker",
-                    Job(setting, job, budget, LITTLE_MEMORY, device),
-                    report,
-                )
+                result.series |= run_worker(Job(setting, job, budget, device), report)
             except WorkerError as error:
                 problems.append(f"failed: {', '.join(job)}: {error}")
             finally:

@@ -1,5 +1,6 @@
-"""How a step is measured against the memory's own speed, and what an Apple GPU should need for it.
+"""How a step is measured: beside its peers and the memory's own speed, by parts, in instructions.
 
-``python -m flatstep bench`` needs nothing but the wheel and MLX. The suite in ``bench/``, which
-adds other libraries, measures with the same code.
+``python -m flatstep bench`` needs nothing but the wheel and MLX; torch joins in where it is
+installed. ``python -m flatstep.benchmark.profile`` divides a step's time, and
+``python -m flatstep.benchmark.instructions``, in a checkout, counts its instructions.
 """

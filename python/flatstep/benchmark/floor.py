@@ -19,11 +19,9 @@ import mlx.core as mx
 from .. import _ext
 from .cases import Setting
 
-# Models larger than this are moved in several passes over the same arrays: far too long for any
-# cache, and short enough to leave memory for the model.
-MAX_BYTES = 2 * 2**30
-LITTLE_MEMORY = 2**29  # for machines where that would leave too little
-
+# A step that moves more is several passes over the same arrays: far too long for any cache, and
+# short enough to leave memory for the model.
+MAX_BYTES = 2**29
 ADDED_BYTES = 12  # of an element of a sum: two read, one written
 
 
@@ -59,16 +57,10 @@ class Sum:
         mx.eval(self._a)
 
 
-def floor_size(setting: Setting, max_bytes: int = MAX_BYTES) -> tuple[int, int]:
-    """The elements of each of the floor's arrays, and how often a run passes over them."""
+def floor_for(setting: Setting, device: mx.Device) -> Callable[[], None]:
+    """The floor of a setting where a device's steps run."""
     elements = setting.step_bytes // (4 * (3 + 2 * setting.slots))
-    passes = -(-elements * 4 * (2 + setting.slots) // max_bytes)
-    return elements // passes, passes
-
-
-def floor_for(setting: Setting, device: mx.Device, max_bytes: int) -> Callable[[], None]:
-    """The floor of a setting where a device's steps run; its arrays stay within `max_bytes`."""
-    elements, passes = floor_size(setting, max_bytes)
+    passes = -(-elements * 4 * (2 + setting.slots) // MAX_BYTES)
     if device.type == mx.DeviceType.cpu:
-        return Floor(elements, setting.slots, passes)
+        return Floor(elements // passes, setting.slots, passes)
     return Sum(setting.step_bytes, passes)

@@ -1,13 +1,15 @@
 """How it is measured: each timed step is paired with a run of the floor just before it."""
 
 import gc
+import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from .bystanders import Bystanders
 from .contenders import Contender
 
 WARM_UP = 2
@@ -16,6 +18,10 @@ PAUSE = 0.02  # longer than idle OpenMP threads spin, which is some 10 ms
 SLOW = 4
 MAX_ROUNDS_OUT = 8
 PATIENCE = 4
+# Figures are doubtful where the middle half of the times is wider than this part of their median,
+# or where other processes kept this many cores busy.
+WIDE = 0.1
+BUSY = 0.1
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,10 @@ class Budget:
     """When to stop: after `seconds` but not before `min_pairs`, or after `max_pairs`.
 
     A machine that is busy with something else can't be waited for: `PATIENCE` times `seconds` ends
-    it as well, once everybody has run. Where `seconds` is None there are `max_pairs`, of everybody.
+    it as well, once everybody has run.
     """
 
-    seconds: float | None
+    seconds: float
     min_pairs: int
     max_pairs: int
 
@@ -48,21 +54,15 @@ class Series:
     other_cores: float | None = None  # kept busy by other processes meanwhile
 
     @property
-    def quartiles(self) -> tuple[float, float, float]:
-        """Quartiles of the time in seconds; the second is the median."""
-        return quartiles(self.seconds)
-
-    @property
-    def ratio_quartiles(self) -> tuple[float, float, float]:
-        """Quartiles of the ratios of each step to the floor before it."""
-        return quartiles([a / b for a, b in zip(self.seconds, self.floor_seconds, strict=True)])
-
-    @property
     def ratio(self) -> float:
-        return self.ratio_quartiles[1]
+        """The median of the ratios of each step to the floor before it."""
+        return statistics.median(
+            step / floor for step, floor in zip(self.seconds, self.floor_seconds, strict=True)
+        )
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """The second is the median."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     first, second, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -75,10 +75,41 @@ def spread(values: list[float]) -> float:
     return (third - first) / median
 
 
+def noise(what: str, values: list[float], other_cores: float | None) -> str | None:
+    """Why figures are doubtful, or None: by times that should be the same."""
+    if spread(values) <= WIDE and (other_cores or 0.0) <= BUSY:
+        return None
+    others = f", others used {other_cores:.1f} cores" if round(other_cores or 0.0, 1) else ""
+    return f"too noisy to tell: the middle half of {what} is {spread(values):.0%} wide{others}"
+
+
 def timed(function: Callable[[], None]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+class Bystanders:
+    """How many cores other processes have kept busy since this was made; Linux tells."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), self._seconds()
+
+    def cores(self) -> float | None:
+        if sys.platform != "linux":
+            return None
+        started, before = self._start
+        return max(0.0, self._seconds() - before) / (time.perf_counter() - started)
+
+    @staticmethod
+    def _seconds() -> float:
+        """The time of all cores that was neither idle nor this process's."""
+        if sys.platform != "linux":
+            return 0.0
+        fields = [int(text) for text in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+        user, nice, system, _, _, irq, softirq, steal = fields[:8]
+        busy = user + nice + system + irq + softirq + steal
+        return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def measure(
@@ -106,9 +137,9 @@ def measure(
     series = {name: Series() for name in contenders}
     rounds_out = {}
     for name, contender in contenders.items():
-        seconds = [timed(contender.step) for _ in range(WARM_UP)]
-        floors = [timed(floor) for _ in range(WARM_UP)]
-        rounds_out[name] = int(min(seconds) / min(floors) / SLOW) if budget.seconds else 0
+        seconds = min(timed(contender.step) for _ in range(WARM_UP))
+        floors = min(timed(floor) for _ in range(WARM_UP))
+        rounds_out[name] = min(MAX_ROUNDS_OUT - 1, int(seconds / floors / SLOW))
     order = random.Random(0)
     names = list(contenders)
     gc.collect()
@@ -116,19 +147,16 @@ def measure(
     bystanders = Bystanders()
     start = time.perf_counter()
     for number in range(budget.max_pairs):
-        if budget.seconds is None:
-            report(number / budget.max_pairs)
-        else:
-            elapsed = time.perf_counter() - start
-            done = min(elapsed / budget.seconds, 1.0)
-            report(done)
-            fewest = min(len(runs.seconds) for runs in series.values())
-            impatient = elapsed > PATIENCE * budget.seconds
-            if done == 1.0 and fewest >= (1 if impatient else budget.min_pairs):
-                break
+        elapsed = time.perf_counter() - start
+        done = min(elapsed / budget.seconds, 1.0)
+        report(done)
+        fewest = min(len(runs.seconds) for runs in series.values())
+        impatient = elapsed > PATIENCE * budget.seconds
+        if done == 1.0 and fewest >= (1 if impatient else budget.min_pairs):
+            break
         order.shuffle(names)
         for name in names:
-            if number % min(MAX_ROUNDS_OUT, rounds_out[name] + 1) == 0:
+            if number % (rounds_out[name] + 1) == 0:
                 if spins:
                     time.sleep(PAUSE)
                 series[name].floor_seconds.append(timed(floor))

@@ -48,11 +48,6 @@ def default_device() -> str:
     return _name_of(mx.default_device())
 
 
-def device_name(name: str) -> str:
-    """What the system calls a device: "Apple M4 Max", say."""
-    return str(mx.device_info(DEVICES[name]).get("device_name", name))
-
-
 def _name_of(device: mx.Device) -> str:
     return next(name for name, known in DEVICES.items() if device.type == known.type)
 

@@ -10,8 +10,7 @@ import mlx.core as mx
 import flatstep
 
 from ..benchmark.floor import Floor, Sum
-from ..benchmark.measure import spread, timed
-from ..benchmark.results import WIDE
+from ..benchmark.measure import WIDE, spread, timed
 
 SIZE, QUICK_SIZE = 16 << 20, 4 << 20
 ROUNDS, QUICK_ROUNDS = 15, 7

@@ -4,15 +4,16 @@ Prints as JSON the names of its phases, in the order in which callgrind writes t
 only this process knows of the counts' environment.
 """
 
-import argparse
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import flatstep
 import mlx.core as mx
+
+import flatstep
 from flatstep import _ext
 
 ELEMENTS = 16
@@ -21,6 +22,7 @@ WARM_UP_TENSORS = 4
 WARM_UP_STEPS = 40
 # A compiled function is traced first, and malloc's lists fill up.
 FIRST_STEPS = 3
+STEPS = 10
 
 phases: list[str] = []
 
@@ -78,16 +80,11 @@ class HostPath:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("tensors", type=int)
-    parser.add_argument("mode", choices=["eager", "compiled"])
-    parser.add_argument("steps", type=int)
-    arguments = parser.parse_args()
-    compiled = arguments.mode == "compiled"
+    tensors, compiled = int(sys.argv[1]), sys.argv[2] == "compiled"
     mx.set_default_device(mx.cpu)
 
     warm_up = HostPath(WARM_UP_TENSORS, compiled)
-    path = HostPath(arguments.tensors, compiled)
+    path = HostPath(tensors, compiled)
     gc.collect()
     gc.disable()
     if not compiled:
@@ -96,7 +93,7 @@ def main() -> None:
         warm_up.step()
     # A stream of its own has a thread of its own, all of whose instructions are these steps'.
     with mx.stream(mx.new_stream(mx.cpu)):
-        for _ in range(FIRST_STEPS + arguments.steps):
+        for _ in range(FIRST_STEPS + STEPS):
             path.step()
     print(json.dumps({"phases": phases, "vector loops": _ext.cpu_loops()}))
 

@@ -1,13 +1,16 @@
-"""The parts of a step, timed one by one.
+"""Where the time of a step goes: ``python -m flatstep.benchmark.profile``.
 
-On the main thread a step is Python, the building of the graph, the freeing of the old tree, and
-`mx.eval`, one after the other; their times add up to the step's. While `mx.eval` hands out work and
-frees what is done, which takes processor time, the kernels run already on MLX's stream thread. Then
-it waits for them, which takes none. So the main thread's own clock of processor time divides
-`mx.eval` into bookkeeping and waiting, and the stream thread's own clock is what the kernels took.
+Prints the medians of a step's parts, in microseconds and for each tensor. On the main thread a step
+is Python, the building of the graph, the freeing of the old tree, and `mx.eval`, one after the
+other; their times add up to the step's. While `mx.eval` hands out work and frees what is done,
+which takes processor time, the kernels run already on MLX's stream thread. Then it waits for them,
+which takes none. So the main thread's own clock of processor time divides `mx.eval` into
+bookkeeping and waiting, and the stream thread's own clock is what the kernels took.
 """
 
+import argparse
 import gc
+import multiprocessing
 import os
 import random
 import sys
@@ -16,15 +19,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import flatstep
 import mlx.core as mx
+
+import flatstep
 from flatstep import _ext
-from flatstep.benchmark.bystanders import Bystanders
-from flatstep.benchmark.cases import Setting
-from flatstep.benchmark.contenders import MLXContender, random_tree
-from flatstep.benchmark.floor import MAX_BYTES, floor_for
-from flatstep.benchmark.measure import quartiles, spread, timed
-from flatstep.benchmark.results import BUSY, WIDE
+
+from .._command_line import print_environment, print_table, print_wrapped
+from .cases import CASES, Setting
+from .contenders import FLATSTEP, MLXContender, bytes_needed, random_tree, usable_bytes
+from .floor import floor_for
+from .measure import Bystanders, noise, quartiles, timed
+from .worker import set_up
 
 # What the main thread does, in the table's order.
 PARTS = ("python", "graph", "free", "eval", "wait")
@@ -37,9 +42,6 @@ MAX_STEPS = 1_000
 class Profile:
     """Seconds of each step, by part; of whole steps that nobody looked into; and of the floor."""
 
-    setting: Setting
-    mode: str
-    threads: int
     parts: dict[str, list[float]]
     plain: list[float] = field(default_factory=list)
     kernel: list[float] = field(default_factory=list)  # empty where the system doesn't tell
@@ -47,36 +49,40 @@ class Profile:
     other_cores: float | None = None
 
     @property
-    def tensors(self) -> int:
-        return len(self.setting.shapes)
-
-    def median(self, part: str) -> float:
-        return quartiles(self.parts[part])[1]
-
-    @property
-    def sum(self) -> float:
-        return sum(map(self.median, self.parts))
+    def medians(self) -> list[float]:
+        return [quartiles(seconds)[1] for seconds in self.parts.values()]
 
     @property
     def coverage(self) -> float:
         """The sum of the parts, as a part of a step that was only timed as a whole."""
-        return self.sum / quartiles(self.plain)[1]
+        return sum(self.medians) / quartiles(self.plain)[1]
 
-    @property
-    def spread(self) -> float:
-        return spread(self.plain)
+    def rows(self, name: str, tensors: int) -> list[list[str]]:
+        """A row of microseconds, and the same for each tensor."""
+        kernel = quartiles(self.kernel)[1] if self.kernel else None
+        values = [sum(self.medians), *self.medians, kernel, quartiles(self.floor)[1]]
+        return [
+            [label, *("-" if v is None else _microseconds(v / divisor) for v in values)]
+            for label, divisor in ((name, 1), ("  a tensor", tensors))
+        ]
 
-    @property
-    def is_noisy(self) -> bool:
-        return self.spread > WIDE or (self.other_cores or 0.0) > BUSY
+    def remarks(self, name: str) -> list[str]:
+        doubt = noise("whole steps", self.plain, self.other_cores)
+        said = f"the parts are {self.coverage:.1%} of a whole step"
+        return [f"{name}: {said}, medians of {len(self.plain)} steps", *([doubt] if doubt else [])]
+
+
+def _microseconds(seconds: float) -> str:
+    value = 1e6 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 class PartedStep(MLXContender):
     """A contender that can take a step part by part."""
 
-    def __init__(self, setting: Setting, mode: str, stream_time: Callable[[], float]) -> None:
+    def __init__(self, setting: Setting, name: str, stream_time: Callable[[], float]) -> None:
         parameters, gradients = random_tree(setting, 0), random_tree(setting, 1)
-        super().__init__(flatstep, mode == "compiled", setting, parameters, gradients)
+        super().__init__(flatstep, name.endswith("compiled"), setting, parameters, gradients)
         self._stream_time = stream_time
 
     def parted_step(self) -> tuple[dict[str, float], float]:
@@ -134,16 +140,15 @@ def stream_clock(stream: mx.Stream) -> Callable[[], float] | None:
     return lambda: time.clock_gettime(clock)
 
 
-def profile(setting: Setting, mode: str, seconds: float) -> Profile:
+def profile(setting: Setting, name: str, seconds: float) -> Profile:
     """Take steps for some seconds. Meant for a process of its own."""
     mx.set_default_device(mx.cpu)
-    if setting.threads is not None:
-        _ext.set_num_threads(setting.threads)
-    result = Profile(setting, mode, _ext.num_threads(), {part: [] for part in PARTS})
+    set_up(setting)
+    result = Profile({part: [] for part in PARTS})
     stream = mx.new_stream(mx.cpu)
     stream_time = stream_clock(stream)
-    floor = floor_for(setting, mx.Device(mx.cpu), MAX_BYTES)
-    step = PartedStep(setting, mode, stream_time or (lambda: 0.0))
+    floor = floor_for(setting, mx.Device(mx.cpu))
+    step = PartedStep(setting, name, stream_time or (lambda: 0.0))
     order = random.Random(0)
 
     def plain_step() -> None:
@@ -151,8 +156,8 @@ def profile(setting: Setting, mode: str, seconds: float) -> Profile:
 
     def parted_step() -> None:
         parts, kernel = step.parted_step()
-        for name, value in parts.items():
-            result.parts[name].append(value)
+        for part, value in parts.items():
+            result.parts[part].append(value)
         if stream_time:
             result.kernel.append(kernel)
 
@@ -174,3 +179,36 @@ def profile(setting: Setting, mode: str, seconds: float) -> Profile:
         result.other_cores = bystanders.cores()
         gc.enable()
     return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flatstep.benchmark.profile", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each mode of each case")
+    options = parser.parse_args()
+    print_environment(None)
+    for setting in (Setting(case, threads=n) for case in options.case for n in (1, None)):
+        rows, remarks = [], []
+        for name in FLATSTEP:
+            if bytes_needed(setting, (name,)) > usable_bytes():
+                remarks.append(f"{name}: too little memory")
+                continue
+            # In a process of its own, which leaves nothing on the other's heap.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                result = pool.apply(profile, (setting, name, options.seconds))
+            rows += result.rows(name.split()[1], len(setting.shapes))
+            remarks += result.remarks(name.split()[1])
+        print_table(setting.label, ("microseconds", "step", *PARTS, "kernels", "floor"), rows)
+        for remark in remarks:
+            print_wrapped(remark)
+    print()
+    print_wrapped(
+        "A step is the sum of python, graph, free, eval and wait, on the main thread. The kernels "
+        "run on MLX's stream thread, beside eval and through all of wait.",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Benchmarks: flatstep against the time that memory allows, and against its peers."""
