@@ -191,9 +191,7 @@ def verdict(entries: list[dict[str, Any]], here: dict[str, str], counts: Counts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="make instructions", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="make instructions", description=__doc__)
     parser.add_argument(
         "--accept", action="store_true", help="make these counts the bound for this environment"
     )

@@ -182,9 +182,7 @@ def profile(setting: Setting, name: str, seconds: float) -> Profile:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m flatstep.benchmark.profile", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="make profile", description=__doc__)
     parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each mode of each case")
     options = parser.parse_args()
@@ -203,11 +201,6 @@ def main() -> None:
         print_table(setting.label, ("microseconds", "step", *PARTS, "kernels", "floor"), rows)
         for remark in remarks:
             print_wrapped(remark)
-    print()
-    print_wrapped(
-        "A step is the sum of python, graph, free, eval and wait, on the main thread. The kernels "
-        "run on MLX's stream thread, beside eval and through all of wait.",
-    )
 
 
 if __name__ == "__main__":
