@@ -3,31 +3,23 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <iterator>
 #include <stdexcept>
 #include <thread>
 
 #include "allocate.h"
 #include "array_uses.h"
 #include "backend/backend.h"
-#include "dtypes.h"
-#include "mlx/utils.h"
 
 namespace flatstep {
 
 namespace {
 
-struct AtomicCounters {
-  std::atomic<uint64_t> parameters_in_place{0};
-  std::atomic<uint64_t> parameters_fresh{0};
-  std::atomic<uint64_t> state_in_place{0};
-  std::atomic<uint64_t> state_fresh{0};
+struct Counter {
+  std::atomic<uint64_t> in_place{0};
+  std::atomic<uint64_t> fresh{0};
 };
-
-AtomicCounters& counters() {
-  static AtomicCounters instance;
-  return instance;
-}
+Counter parameters_written;
+Counter state_written;
 
 // Where a flat array may start in its memory, in bytes: a GPU's vector loads need it.
 constexpr int64_t kAlignment = 16;
@@ -42,21 +34,15 @@ bool is_whole(const mx::array& a) {
          a.offset() % kAlignment == 0;
 }
 
-// True when nobody but this update, in `own_uses` places, holds the array, and nothing but the
-// array its memory.
-bool is_ours_alone(const mx::array& a, long own_uses) {
-  return descriptor_uses(a) == own_uses && memory_uses(a) == 1;
-}
-
 // A GPU's work lets go of memory a little after MLX says that it has run. Waits for that, for a
 // millisecond at most, and not again soon where it was in vain: then it is somebody else.
-bool is_let_go_soon(const mx::array& a, long own_uses) {
+bool is_let_go_soon(const mx::array& a) {
   using Clock = std::chrono::steady_clock;
   constexpr auto kPatience = std::chrono::milliseconds(1);
   constexpr auto kPause = std::chrono::milliseconds(100);
   static std::atomic<Clock::duration> not_before{Clock::duration::min()};
   auto start = Clock::now();
-  if (descriptor_uses(a) != own_uses || start.time_since_epoch() < not_before.load()) {
+  if (start.time_since_epoch() < not_before.load()) {
     return false;
   }
   while (memory_uses(a) > 1) {
@@ -69,14 +55,10 @@ bool is_let_go_soon(const mx::array& a, long own_uses) {
   return true;
 }
 
-void share_whole(const mx::array& source, mx::array& out) {
-  mx::Strides strides = out.strides();
-  out.copy_shared_buffer(source, strides, {true, true, out.size() <= 1}, out.size());
-}
-
-bool are_available(const std::vector<mx::array>& arrays) {
-  return std::all_of(
-      arrays.begin(), arrays.end(), [](const mx::array& a) { return a.is_available(); });
+// Gives a flat array the memory of another, from `offset` elements before or after its start.
+void share(const mx::array& source, mx::array& flat, int64_t offset = 0) {
+  flat.copy_shared_buffer(
+      source, flat.strides(), {true, true, flat.size() <= 1}, flat.size(), offset);
 }
 
 void require(bool ok, const char* message) {
@@ -85,29 +67,21 @@ void require(bool ok, const char* message) {
   }
 }
 
-void check(const BucketPlan& plan, const Rule& rule, bool has_schedule, const UpdateInputs& in) {
-  require(!plan.segments.empty(), "there should be a parameter to update.");
-  require(in.step.size() == 1 && in.step.dtype() == mx::uint64, "step should be a uint64 scalar.");
+bool is_scalar(const mx::array& a, mx::Dtype dtype) {
+  return a.size() == 1 && a.dtype() == dtype;
+}
+
+// Parameters and gradients are as the layout says.
+void check(const BucketPlan& plan, const StepInputs& in) {
+  require(is_scalar(in.step, mx::uint64), "step should be a uint64 scalar.");
   require(
-      has_schedule || (in.learning_rate && in.learning_rate->size() == 1 &&
-                       in.learning_rate->dtype() == mx::float32),
+      in.schedule || (in.learning_rate && is_scalar(*in.learning_rate, mx::float32)),
       "learning_rate should be a float32 scalar.");
   require(
-      in.state.size() == static_cast<size_t>(rule.num_slots()),
-      "there should be a state array for each slot of the rule.");
-  for (const Segment& segment : plan.segments) {
-    require(
-        segment.position < in.parameters.size() && segment.position < in.gradients.size(),
-        "there should be a parameter and a gradient for each segment.");
-    const mx::array& p = in.parameters[segment.position];
-    const mx::array& g = in.gradients[segment.position];
-    require(
-        p.size() == segment.size && g.size() == segment.size,
-        "a parameter or gradient does not have the size of its segment.");
-    require(p.dtype() == plan.dtype, "a parameter has another dtype than its bucket.");
-    require(is_supported(g.dtype()), "a gradient should be float32, float16 or bfloat16.");
-  }
-  for (const auto& state : in.state) {
+      in.state.size() == in.rule.num_states(),
+      "there should be a state array for each that the rule has.");
+  for (const auto& buckets : in.state) {
+    const mx::array& state = buckets.at(plan.bucket);
     require(is_supported(state.dtype()), "state should be float32, float16 or bfloat16.");
     require(
         state.size() >= plan.segments.back().state_offset + plan.segments.back().size,
@@ -117,142 +91,128 @@ void check(const BucketPlan& plan, const Rule& rule, bool has_schedule, const Up
 
 }  // namespace
 
-bool is_tracing() {
-  // MLX tells it only of an array that is marked as a tracer.
-  static const mx::array* probe = [] {
-    auto* a = new mx::array(0.0f);
-    a->set_tracer(true);
-    return a;
-  }();
-  return probe->is_tracer();
-}
-
-Home::Home(const BucketPlan& plan, const mx::array* parameters)
-    : plan_(plan), parameters_(parameters), itemsize_(mx::size_of(plan.dtype)) {
+Home::Home(const BucketPlan& plan, const mx::array* leaves, bool must_have_all)
+    : plan_(&plan), leaves_(leaves) {
   size_t n = plan.segments.size();
-  for (size_t i = 0; i < n && count_ == 0; ++i) {
-    const mx::array& p = parameters[i];
-    if (p.size() == 0 || p.data_shared_ptr().get() == memory_ || !is_whole(p)) {
+  for (size_t i = 0; i < n; ++i) {
+    const mx::array& leaf = leaves[i];
+    if (leaf.size() == 0 || leaf.data_shared_ptr().get() == memory_) {
       continue;
     }
-    memory_ = p.data_shared_ptr().get();
-    start_ = p.offset() - place(i);
-    size_t bytes = plan.p_blocks * kBlock * itemsize_;
-    size_t end = static_cast<size_t>(start_) + bytes;
-    if (start_ >= 0 && start_ % kAlignment == 0 && p.buffer_size() >= end &&
-        p.buffer_size() <= end + std::max(bytes / 2, kSlack)) {
-      first_ = i;
-      for (size_t k = 0; k < n; ++k) {
-        count_ += has(k);
+    if (is_whole(leaf)) {
+      memory_ = leaf.data_shared_ptr().get();
+      start_ = leaf.offset() - place(i);
+      size_t bytes = plan.p_blocks * kBlock * leaf.itemsize();
+      size_t end = static_cast<size_t>(start_) + bytes;
+      if (start_ >= 0 && start_ % kAlignment == 0 && leaf.buffer_size() >= end &&
+          leaf.buffer_size() <= end + std::max(bytes / 2, kSlack)) {
+        first_ = i;
+        for (size_t k = 0; k < n; ++k) {
+          count_ += has(k);
+        }
       }
+    }
+    if (count_ > 0 || must_have_all) {
+      return;
     }
   }
 }
 
-void Home::share(mx::array& flat) const {
-  auto before = -static_cast<int64_t>(plan_.segments[first_].p_offset);
-  flat.copy_shared_buffer(
-      parameters_[first_], flat.strides(), {true, true, flat.size() <= 1}, flat.size(), before);
-}
-
-ReuseCounters reuse_counters() {
-  auto& c = counters();
-  return {c.parameters_in_place, c.parameters_fresh, c.state_in_place, c.state_fresh};
-}
-
-UpdateOutputs fused_update(
-    std::shared_ptr<const BucketPlan> plan,
-    const Rule& rule,
-    std::shared_ptr<const Schedule> schedule,
-    UpdateInputs in,
-    mx::StreamOrDevice s) {
-  check(*plan, rule, schedule != nullptr, in);
-  auto stream = mx::to_stream(s);
-  require_backend(stream.device);
-
-  auto node = std::make_shared<FusedUpdate>(stream, plan, rule, schedule);
-  std::vector<mx::array> own;
-  own.reserve(node->first_gradient_operand());
-  if (node->reads_step()) {
-    own.push_back(std::move(in.step));
-  }
-  if (!schedule) {
-    own.push_back(std::move(*in.learning_rate));
-  }
-  std::vector<mx::Shape> shapes{plan->p_shape()};
-  std::vector<mx::Dtype> dtypes{plan->dtype};
-  for (auto& state : in.state) {
-    shapes.push_back(state.shape());
-    dtypes.push_back(state.dtype());
-    own.push_back(std::move(state));
-  }
-  std::vector<mx::array> parameters;
-  std::vector<mx::array> gradients;
-  parameters.reserve(node->num_segments());
-  gradients.reserve(node->num_segments());
-  for (const Segment& segment : plan->segments) {
-    parameters.push_back(std::move(in.parameters[segment.position]));
-    gradients.push_back(std::move(in.gradients[segment.position]));
-  }
-  auto inputs = node->connect(std::move(own), std::move(parameters), std::move(gradients));
-  auto outputs = mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
-  UpdateOutputs result{std::move(outputs[0]), {}};
-  std::move(outputs.begin() + 1, outputs.end(), std::back_inserter(result.state));
+mx::array Home::flat() const {
+  mx::array result(plan_->p_shape(), leaves_[0].dtype(), nullptr, {});
+  share(leaves_[first_], result, -static_cast<int64_t>(plan_->segments[first_].p_offset));
+  result.set_status(mx::array::Status::available);
   return result;
 }
 
-std::vector<mx::array> FusedUpdate::connect(
-    std::vector<mx::array> own,
-    std::vector<mx::array> parameters,
-    std::vector<mx::array> gradients) {
-  auto append = [](std::vector<mx::array>& to, std::vector<mx::array>& from) {
-    to.insert(to.end(), std::make_move_iterator(from.begin()), std::make_move_iterator(from.end()));
-  };
-  bool is_live = !is_tracing();
-  bool holds = is_live && holds_operands(stream().device);
-  bool is_available = is_live && are_available(own) && are_available(parameters);
-  if (is_available) {
-    Home home(*plan_, parameters.data());
-    if (home.has_all()) {
-      own.push_back(mx::array(plan_->p_shape(), plan_->dtype, nullptr, {}));
-      mx::array& flat = own.back();
-      home.share(flat);
-      flat.set_status(mx::array::Status::available);
-      leaves_ = std::move(parameters);
-      home_.emplace(*plan_, leaves_.data());
+std::map<std::string, uint64_t> reuse_counters() {
+  return {
+      {"parameters_in_place", parameters_written.in_place},
+      {"parameters_fresh", parameters_written.fresh},
+      {"state_in_place", state_written.in_place},
+      {"state_fresh", state_written.fresh}};
+}
+
+std::vector<mx::array> fused_update(std::shared_ptr<const BucketPlan> plan, StepInputs& in) {
+  check(*plan, in);
+  std::vector<mx::Shape> shapes{plan->p_shape()};
+  std::vector<mx::Dtype> dtypes{plan->dtype};
+  for (const auto& buckets : in.state) {
+    shapes.push_back(buckets[plan->bucket].shape());
+    dtypes.push_back(buckets[plan->bucket].dtype());
+  }
+  auto node = std::make_shared<FusedUpdate>(std::move(plan), in, shapes);
+  return mx::array::make_arrays(std::move(shapes), dtypes, node, node->operands().take_inputs());
+}
+
+FusedUpdate::FusedUpdate(
+    std::shared_ptr<const BucketPlan> plan, StepInputs& in, std::vector<mx::Shape> shapes)
+    : UpdatePrimitive(in.stream, std::move(shapes)),
+      plan_(std::move(plan)),
+      rule_(in.rule),
+      schedule_(in.schedule),
+      operands_(holds_operands(in.stream.device) && !is_tracing()) {
+  auto take = [this](std::vector<mx::array>& given, size_t room) {
+    std::vector<mx::array> leaves;
+    leaves.reserve(num_segments() + room);
+    for (const Segment& segment : plan_->segments) {
+      leaves.push_back(std::move(given[segment.position]));
     }
+    return leaves;
+  };
+  // Adds leaves, as the one flat array in which they lie if they do.
+  auto add = [this](Operand operand, std::vector<mx::array>& leaves) -> std::optional<Home> {
+    bool is_available = std::all_of(
+        leaves.begin(), leaves.end(), [](const mx::array& leaf) { return leaf.is_available(); });
+    if (is_available && !is_tracing()) {
+      Home home(*plan_, leaves.data(), /* must_have_all */ true);
+      if (home.has_all()) {
+        operands_.add(operand, home.flat());
+        return home;
+      }
+    }
+    operands_.add(operand, std::exchange(leaves, {}), is_available);
+    return {};
+  };
+  // These first, since their list becomes that of the operands, with room for the others.
+  std::vector<mx::array> gradients = take(in.gradients, num_states() + 3);
+  has_flat_gradients_ = add(Operand::gradients, gradients).has_value();
+  leaves_ = take(in.parameters, 0);
+  home_ = add(Operand::parameters, leaves_);
+  for (size_t k = 0; k < num_states(); ++k) {
+    operands_.add(state_operand(k), std::move(in.state[k][plan_->bucket]));
   }
-  if (!home_) {
-    append(own, parameters);
+  if (in.constants) {
+    operands_.add(Operand::constants, *in.constants);
+    return;
   }
-  if (is_available && holds) {
-    held_ = std::make_shared<const std::vector<mx::array>>(std::exchange(own, {}));
+  // With a fixed rate and a rule that does not ask for it nothing depends on the step.
+  if (schedule_ || rule_.traits().reads_step) {
+    operands_.add(Operand::step, in.step);
   }
-  if (holds && are_available(gradients)) {
-    held_gradients_ = std::make_shared<const std::vector<mx::array>>(std::exchange(gradients, {}));
+  if (!schedule_) {
+    operands_.add(Operand::learning_rate, *in.learning_rate);
   }
-  append(own, gradients);
-  return own;
 }
 
 bool FusedUpdate::place_outputs(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<void()>& settle) {
-  // How many hold an operand that nobody else does: this, or each output's list of inputs.
-  long own_uses = held_ ? 1 : static_cast<long>(outputs.size());
-  bool in_place = place_parameters(inputs, outputs[0], own_uses, settle);
-  for (size_t k = 0; k < num_slots(); ++k) {
-    const mx::array& in = operand(inputs, first_state_operand() + k);
+  bool in_place = place_parameters(inputs, outputs, settle);
+  bool is_on_gpu = !holds_operands(stream().device);
+  for (size_t k = 0; k < num_states(); ++k) {
+    const mx::array& in = *operands_.get(state_operand(k), inputs);
     mx::array& out = outputs[1 + k];
-    bool is_on_gpu = !holds_operands(stream().device);
-    if (is_whole(in) &&
-        (is_ours_alone(in, own_uses) || (is_on_gpu && is_let_go_soon(in, own_uses)))) {
-      share_whole(in, out);
-      ++counters().state_in_place;
+    long uses = own_uses(state_operand(k), outputs);
+    // Nobody but this update holds the array, and nothing but the array its memory.
+    if (is_whole(in) && descriptor_uses(in) == uses &&
+        (memory_uses(in) == 1 || (is_on_gpu && is_let_go_soon(in)))) {
+      share(in, out);
+      ++state_written.in_place;
     } else {
       allocate(out);
-      ++counters().state_fresh;
+      ++state_written.fresh;
     }
   }
   return in_place;
@@ -260,13 +220,12 @@ bool FusedUpdate::place_outputs(
 
 bool FusedUpdate::place_parameters(
     const std::vector<mx::array>& inputs,
-    mx::array& out,
-    long own_uses,
+    std::vector<mx::array>& outputs,
     const std::function<void()>& settle) {
   plan_->kept->review();
-  const mx::array* first = &operand(inputs, first_parameter_operand());
+  const mx::array* first = operands_.get(Operand::parameters, inputs);
   const mx::array* leaves = home_ ? leaves_.data() : first;
-  long leaf_uses = home_ ? 1 : own_uses;
+  long leaf_uses = home_ ? 1 : own_uses(Operand::parameters, outputs);
   Home home = home_ ? *home_ : Home(*plan_, first);
   auto held = [&] {
     std::vector<size_t> result;
@@ -283,17 +242,17 @@ bool FusedUpdate::place_parameters(
     auto uses = static_cast<long>(home.count()) + has_flat_parameters();
     return home.memory().use_count() == uses && held().empty();
   };
-  if (home.is_there() && !is_alone()) {
+  if (home.count() > 0 && !is_alone()) {
     settle();
   }
-  if (home.is_there() && is_alone()) {
-    home.share(out);
-    ++counters().parameters_in_place;
+  if (home.count() > 0 && is_alone()) {
+    share(home.flat(), outputs[0]);
+    ++parameters_written.in_place;
     return true;
   }
-  allocate(out);
-  ++counters().parameters_fresh;
-  if (home.is_there()) {
+  allocate(outputs[0]);
+  ++parameters_written.fresh;
+  if (home.count() > 0) {
     // On a GPU the work that reads the parameters holds their memory at every step.
     if (auto leaves_held = held(); !leaves_held.empty() || holds_operands(stream().device)) {
       plan_->kept->suspect(home.memory(), leaves_held, plan_->p_blocks);
@@ -302,14 +261,6 @@ bool FusedUpdate::place_parameters(
     }
   }
   return false;
-}
-
-std::vector<mx::Shape> FusedUpdate::output_shapes(const std::vector<mx::array>& inputs) {
-  std::vector<mx::Shape> shapes{plan_->p_shape()};
-  for (size_t k = 0; k < num_slots(); ++k) {
-    shapes.push_back(operand(inputs, first_state_operand() + k).shape());
-  }
-  return shapes;
 }
 
 }  // namespace flatstep

@@ -2,91 +2,73 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
-#include <utility>
+#include <string>
 #include <vector>
 
-#include "hyperparameters.h"
 #include "layout.h"
-#include "mlx/primitives.h"
-#include "mlx/utils.h"
-#include "transforms.h"
+#include "operands.h"
+#include "plain_schedule.h"
+#include "update_primitive.h"
 
 namespace flatstep {
 
-// Inputs of a step of one bucket. Parameters and gradients are those of the whole step, in the
-// order in which it was given its leaves, and may have any layout in memory; those of the bucket
-// are moved from. `state` holds one flat array for each slot of the rule.
-struct UpdateInputs {
-  // uint64 scalar: steps taken so far. Left out of the graph when the update does not depend on it.
-  mx::array step;
-  std::optional<mx::array> learning_rate;  // float32 scalar; none when there is a schedule
-  std::vector<mx::array> state;
-  std::vector<mx::array>& parameters;
-  std::vector<mx::array>& gradients;
+// What a step is given besides its layout. Parameters and gradients are in the order in which the
+// leaves were given, and may have any layout in memory; those of a bucket are moved from when it is
+// updated, and so is its state.
+struct StepInputs {
+  Rule rule;
+  std::shared_ptr<const Schedule> schedule;  // or null, and
+  std::optional<mx::array> learning_rate;    // a float32 scalar
+  mx::array step;                            // a uint64 scalar: steps taken so far
+  std::vector<mx::array> parameters;
+  std::vector<mx::array> gradients;
+  std::vector<std::vector<mx::array>> state;  // by number, then bucket
+  mx::Stream stream;
+  std::optional<mx::array> constants{};  // on a GPU, from Advance
 };
 
-struct UpdateOutputs {
-  mx::array parameters;  // flat
-  std::vector<mx::array> state;
-};
+// Adds the update of a bucket to the graph: the flat parameters, then the state. Throws
+// std::invalid_argument.
+std::vector<mx::array> fused_update(std::shared_ptr<const BucketPlan> plan, StepInputs& inputs);
 
-// What an update reads, its operands, are in this order the step (if it is read), the learning rate
-// (without a schedule), the state, the parameters (a leaf for each segment, or the flat array that
-// they lie in), and the gradients.
-//
-// MLX's evaluator does some work for each input of a node, and copies their list for each output.
-// So operands that are evaluated already need not be inputs: the primitive holds them.
-using HeldArrays = std::shared_ptr<const std::vector<mx::array>>;
-
-// Adds the update of a bucket to the graph. Throws std::invalid_argument.
-UpdateOutputs fused_update(
-    std::shared_ptr<const BucketPlan> plan,
-    const Rule& rule,
-    std::shared_ptr<const Schedule> schedule,
-    UpdateInputs inputs,
-    mx::StreamOrDevice s = {});
-
-// True while a function is traced: what is evaluated then is read again at every replay.
-bool is_tracing();
-
-// What a step of the same plan leaves behind: a buffer, large enough to be written as a whole, in
-// which parameters lie in their places. Some may lie elsewhere.
+// Where the leaves of a plan lie in one buffer, each in its place and large enough to be written as
+// a whole, as a step of the plan leaves its parameters. Some may lie elsewhere.
 class Home {
  public:
-  Home(const BucketPlan& plan, const mx::array* parameters);
+  // Looks no further than the first leaf where it is to have all.
+  Home(const BucketPlan& plan, const mx::array* leaves, bool must_have_all = false);
 
-  bool is_there() const {
-    return count_ > 0;
-  }
-  // Whether the parameter of this segment lies in it.
+  // Whether the leaf of this segment lies in it.
   bool has(size_t i) const {
-    const mx::array& p = parameters_[i];
-    return p.data_shared_ptr().get() == memory_ && p.offset() == start_ + place(i) &&
-           p.flags().row_contiguous && p.data_size() == p.size();
+    const mx::array& leaf = leaves_[i];
+    return leaf.data_shared_ptr().get() == memory_ && leaf.offset() == start_ + place(i) &&
+           leaf.flags().row_contiguous && leaf.data_size() == leaf.size() &&
+           leaf.dtype() == leaves_[0].dtype();
   }
   bool has_all() const {
-    return is_there() && count_ == plan_.segments.size();
+    return count_ == plan_->segments.size();
   }
+  // How many do. 0: there is no such buffer.
   size_t count() const {
     return count_;
   }
   const std::shared_ptr<mx::array::Data>& memory() const {
-    return parameters_[first_].data_shared_ptr();
+    return leaves_[first_].data_shared_ptr();
   }
-  // Gives a flat array this memory.
-  void share(mx::array& flat) const;
+  // A flat array over its memory.
+  mx::array flat() const;
 
  private:
-  // Of this parameter in the flat array, in bytes.
+  // Of this leaf in the flat array, in bytes.
   int64_t place(size_t i) const {
-    return static_cast<int64_t>(plan_.segments[i].p_offset * itemsize_);
+    return static_cast<int64_t>(plan_->segments[i].p_offset * leaves_[0].itemsize());
   }
 
-  const BucketPlan& plan_;
-  const mx::array* parameters_;
-  size_t itemsize_;
+  const BucketPlan* plan_;
+  const mx::array* leaves_;
   const mx::array::Data* memory_{nullptr};
   int64_t start_{0};  // of the flat array, in bytes
   size_t first_{0};   // of those in it
@@ -94,39 +76,19 @@ class Home {
 };
 
 // How often a buffer was written in place, and how often into fresh memory, since the start.
-struct ReuseCounters {
-  uint64_t parameters_in_place;
-  uint64_t parameters_fresh;
-  uint64_t state_in_place;
-  uint64_t state_fresh;
-};
-ReuseCounters reuse_counters();
+std::map<std::string, uint64_t> reuse_counters();
 
-class FusedUpdate : public mx::Primitive {
+class FusedUpdate : public UpdatePrimitive {
  public:
+  // Takes what it needs from the inputs. The outputs, of these shapes, are the flat parameters,
+  // then the state.
   FusedUpdate(
-      mx::Stream stream,
-      std::shared_ptr<const BucketPlan> plan,
-      const Rule& rule,
-      std::shared_ptr<const Schedule> schedule)
-      : mx::Primitive(stream), plan_(std::move(plan)), rule_(rule), schedule_(std::move(schedule)) {
-  }
-
-  // Holds what may be held; the rest are the inputs. `own` are all operands before the parameters.
-  std::vector<mx::array> connect(
-      std::vector<mx::array> own,
-      std::vector<mx::array> parameters,
-      std::vector<mx::array> gradients);
+      std::shared_ptr<const BucketPlan> plan, StepInputs& inputs, std::vector<mx::Shape> shapes);
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
 
-  FLATSTEP_REFUSE_TRANSFORMS()
-
-  const char* name() const override {
-    return "FlatstepUpdate";
-  }
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+  DEFINE_NAME(FlatstepUpdate)
 
   const std::shared_ptr<const BucketPlan>& plan_ptr() const {
     return plan_;
@@ -137,48 +99,21 @@ class FusedUpdate : public mx::Primitive {
   const std::shared_ptr<const Schedule>& schedule() const {
     return schedule_;
   }
-
-  // Where each operand stands. The outputs are the flat parameters, then the state.
-  size_t num_slots() const {
-    return static_cast<size_t>(rule_.num_slots());
+  Operands& operands() {
+    return operands_;
+  }
+  size_t num_states() const {
+    return rule_.num_states();
   }
   size_t num_segments() const {
     return plan_->segments.size();
   }
-  // With a fixed rate and no bias correction nothing that is computed here depends on the step.
-  bool reads_step() const {
-    return schedule_ || rule_.values.bias_correction;
-  }
-  size_t learning_rate_operand() const {
-    return reads_step() ? 1 : 0;
-  }
-  size_t first_state_operand() const {
-    return learning_rate_operand() + (schedule_ ? 0 : 1);
-  }
-  size_t first_parameter_operand() const {
-    return first_state_operand() + num_slots();
-  }
-  size_t first_gradient_operand() const {
-    return first_parameter_operand() + (has_flat_parameters() ? 1 : num_segments());
-  }
-
-  // True when the parameters are one operand, the flat array.
+  // Whether the parameters, or the gradients, are one flat array.
   bool has_flat_parameters() const {
     return home_.has_value();
   }
-  const mx::array& operand(const std::vector<mx::array>& inputs, size_t i) const {
-    if (i < first_gradient_operand()) {
-      return held_ ? (*held_)[i] : inputs[i];
-    }
-    i -= first_gradient_operand();
-    if (held_gradients_) {
-      return (*held_gradients_)[i];
-    }
-    return inputs[held_ ? i : first_gradient_operand() + i];
-  }
-  // What a backend that holds operands keeps until its work has run.
-  std::pair<HeldArrays, HeldArrays> held() const {
-    return {held_, held_gradients_};
+  bool has_flat_gradients() const {
+    return has_flat_gradients_;
   }
 
   // Gives each output its memory: that of the input it replaces where nobody else holds that,
@@ -192,18 +127,21 @@ class FusedUpdate : public mx::Primitive {
  private:
   bool place_parameters(
       const std::vector<mx::array>& inputs,
-      mx::array& out,
-      long own_uses,
+      std::vector<mx::array>& outputs,
       const std::function<void()>& settle);
+  // How many hold an operand that nobody else does: this, or each output's list of inputs.
+  long own_uses(Operand operand, const std::vector<mx::array>& outputs) const {
+    return operands_.holds(operand) ? 1 : static_cast<long>(outputs.size());
+  }
 
   std::shared_ptr<const BucketPlan> plan_;
   Rule rule_;
   std::shared_ptr<const Schedule> schedule_;
+  Operands operands_;
   // Of flat parameters: somebody may hold one of them.
   std::vector<mx::array> leaves_;
   std::optional<Home> home_;
-  HeldArrays held_;            // all operands but the gradients, or null
-  HeldArrays held_gradients_;  // all of them, or null
+  bool has_flat_gradients_{false};
 };
 
 }  // namespace flatstep

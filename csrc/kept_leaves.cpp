@@ -7,9 +7,9 @@ namespace flatstep {
 // More steps than are queued at once.
 constexpr size_t kWatched = 8;
 
-void KeptLeaves::join_if_let_go() {
+void KeptLeaves::review() {
   std::lock_guard lock(mutex_);
-  if (memory_.expired()) {
+  if (has_apart_ && memory_.expired()) {
     has_apart_ = false;
     std::fill(apart_.begin(), apart_.end(), false);
   }
@@ -24,8 +24,7 @@ void KeptLeaves::suspect(const Memory& memory, const std::vector<size_t>& held, 
     largest = std::max(largest, sizes_[leaf]);
   }
   if (keeps_much_else(part, whole)) {
-    set_apart(largest, whole);
-    memory_ = memory;
+    set_apart(largest, whole, memory);
   }
 }
 
@@ -34,14 +33,14 @@ void KeptLeaves::watch(const Memory& memory, size_t whole) {
   watched_.push_back(memory);
   if (watched_.size() > kWatched) {
     if (!watched_.front().expired()) {
-      set_apart(whole, whole);
-      memory_ = watched_.front();
+      set_apart(whole, whole, watched_.front());
     }
     watched_.pop_front();
   }
 }
 
-void KeptLeaves::set_apart(size_t largest, size_t whole) {
+void KeptLeaves::set_apart(size_t largest, size_t whole, const WeakMemory& memory) {
+  memory_ = memory;
   for (size_t leaf = 0; leaf < sizes_.size(); ++leaf) {
     if (sizes_[leaf] <= largest && keeps_much_else(sizes_[leaf], whole)) {
       apart_[leaf] = true;

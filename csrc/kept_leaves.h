@@ -32,11 +32,7 @@ class KeptLeaves {
   }
 
   // Before each update of the bucket: once nobody holds the memory any more, no leaf is apart.
-  void review() {
-    if (has_apart_) {
-      join_if_let_go();
-    }
-  }
+  void review();
 
   // The bucket cannot be updated in place in this memory, of `whole` blocks, because somebody holds
   // these leaves; none: because somebody holds the memory, by a slice of a leaf.
@@ -48,16 +44,17 @@ class KeptLeaves {
   void watch(const Memory& memory, size_t whole);
 
  private:
-  void join_if_let_go();
+  using WeakMemory = std::weak_ptr<mx::array::Data>;
+
   // Leaves up to this size, but for those that are most of the memory.
-  void set_apart(size_t largest, size_t whole);
+  void set_apart(size_t largest, size_t whole, const WeakMemory& memory);
 
   std::mutex mutex_;
   std::vector<size_t> sizes_;
   std::vector<std::atomic<bool>> apart_;
-  std::atomic<bool> has_apart_{false};
-  std::weak_ptr<mx::array::Data> memory_;  // that was held when leaves were last set apart
-  std::deque<std::weak_ptr<mx::array::Data>> watched_;
+  bool has_apart_{false};
+  WeakMemory memory_;  // that was held when leaves were last set apart
+  std::deque<WeakMemory> watched_;
 };
 
 }  // namespace flatstep

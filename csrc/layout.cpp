@@ -10,19 +10,16 @@ namespace flatstep {
 namespace {
 
 constexpr size_t kCachedPlans = 8;
+constexpr size_t kNone = std::numeric_limits<size_t>::max();
 
 size_t blocks_for(size_t elements) {
   return (elements + kBlock - 1) / kBlock;
 }
 
-mx::Shape flat_shape_of(size_t blocks) {
-  return {static_cast<mx::ShapeElem>(blocks), static_cast<mx::ShapeElem>(kBlock)};
-}
-
 }  // namespace
 
 mx::Shape BucketPlan::p_shape() const {
-  return flat_shape_of(p_blocks);
+  return {static_cast<mx::ShapeElem>(p_blocks), static_cast<mx::ShapeElem>(kBlock)};
 }
 
 Layout::Layout(
@@ -39,14 +36,12 @@ Layout::Layout(
     Leaf leaf{paths[i], shapes[i], dtypes[i], size_of_shape(shapes[i])};
     size_t blocks = blocks_for(leaf.size);
     size_t block_bytes = kBlock * mx::size_of(leaf.dtype);
-    auto open = open_bucket.find(leaf.dtype.val());
-    bool fits = open != open_bucket.end() &&
-                (buckets_[open->second].blocks + blocks) * block_bytes <= bucket_bytes;
-    if (!fits) {
+    size_t& open = open_bucket.try_emplace(leaf.dtype.val(), kNone).first->second;
+    if (open == kNone || (buckets_[open].blocks + blocks) * block_bytes > bucket_bytes) {
+      open = buckets_.size();
       buckets_.push_back(Bucket{leaf.dtype});
-      open_bucket[leaf.dtype.val()] = buckets_.size() - 1;
     }
-    leaf.bucket = open_bucket[leaf.dtype.val()];
+    leaf.bucket = open;
     Bucket& bucket = buckets_[leaf.bucket];
     leaf.offset = bucket.blocks * kBlock;
     bucket.blocks += blocks;
@@ -65,19 +60,13 @@ Layout::Layout(
   }
 }
 
-bool Layout::recurs(const std::vector<size_t>& given) const {
-  std::lock_guard lock(mutex_);
-  bool result = given == last_given_;
-  if (!result) {
-    last_given_ = given;
-  }
-  return result;
-}
-
 std::shared_ptr<const BucketPlans> Layout::plan(
     const std::vector<size_t>& given, bool recurs) const {
-  recurs = recurs || given.size() == leaves_.size();
   std::lock_guard lock(mutex_);
+  if (!recurs) {
+    recurs = given.size() == leaves_.size() || given == last_given_;
+    last_given_ = given;
+  }
   for (const auto& cached : cache_) {
     if (cached.recurs == recurs && cached.given == given) {
       return cached.plans;
@@ -92,24 +81,23 @@ std::shared_ptr<const BucketPlans> Layout::plan(
 }
 
 BucketPlans Layout::make_plans(const std::vector<size_t>& given, bool recurs) const {
-  constexpr size_t absent = std::numeric_limits<size_t>::max();
-  std::vector<size_t> position(leaves_.size(), absent);
+  std::vector<size_t> position(leaves_.size(), kNone);
   for (size_t i = 0; i < given.size(); ++i) {
     position.at(given[i]) = i;
   }
   BucketPlans plans;
   for (size_t b = 0; b < buckets_.size(); ++b) {
     const Bucket& bucket = buckets_[b];
-    BucketPlan plan{b, bucket.dtype};
-    plan.kept = bucket.kept;
+    BucketPlan plan{b, bucket.dtype, bucket.blocks, bucket.kept};
     for (size_t k = 0; k < bucket.leaves.size(); ++k) {
       size_t index = bucket.leaves[k];
       const Leaf& leaf = leaves_[index];
-      if (position[index] == absent) {
+      if (position[index] == kNone) {
         plan.untouched.push_back({leaf.offset, leaf.offset + leaf.size});
         continue;
       }
-      plan.segments.push_back({position[index], leaf.size, plan.p_blocks * kBlock, leaf.offset, k});
+      plan.segments.push_back(
+          {position[index], leaf.size, plan.p_blocks * kBlock, leaf.offset, k, leaf.group});
       plan.p_blocks += blocks_for(leaf.size);
     }
     if (plan.segments.empty()) {

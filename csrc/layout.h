@@ -16,8 +16,6 @@
 
 namespace flatstep {
 
-namespace mx = mlx::core;
-
 inline constexpr size_t kBlock = 64;
 
 struct Leaf {
@@ -26,7 +24,8 @@ struct Leaf {
   mx::Dtype dtype;
   size_t size{0};
   size_t bucket{0};
-  size_t offset{0};  // in elements, in the bucket's flat arrays
+  size_t offset{0};   // in elements, in the bucket's flat arrays
+  uint32_t group{0};  // of parameters, which have hyperparameters in common
 };
 
 struct Bucket {
@@ -44,6 +43,7 @@ struct Segment {
   size_t p_offset;
   size_t state_offset;
   size_t leaf;  // its number in the bucket
+  uint32_t group;
 };
 
 struct Range {
@@ -55,11 +55,12 @@ struct Range {
 struct BucketPlan {
   size_t bucket;
   mx::Dtype dtype;
+  size_t state_blocks;
+  std::shared_ptr<KeptLeaves> kept;
   std::vector<Segment> segments{};  // by rising offsets
   std::vector<Range> untouched{};   // state that this step leaves as it is
   ViewSpecs views{};                // the segments' parameters in the flat array that is written
   size_t p_blocks{0};
-  std::shared_ptr<KeptLeaves> kept{};
 
   mx::Shape p_shape() const;
 };
@@ -86,11 +87,9 @@ class Layout {
   // are kept, since a training loop asks for the same one at every step.
   //
   // A leaf of a part of a bucket would keep the others of this part, although the next step may
-  // bring other leaves: unless the part `recurs`, small leaves are then apart.
+  // bring other leaves: small leaves are then apart, unless the part `recurs` or is that of the
+  // last call that did not say so.
   std::shared_ptr<const BucketPlans> plan(const std::vector<size_t>& given, bool recurs) const;
-
-  // Whether the last step brought gradients for these leaves too; remembers them.
-  bool recurs(const std::vector<size_t>& given) const;
 
  private:
   BucketPlans make_plans(const std::vector<size_t>& given, bool recurs) const;

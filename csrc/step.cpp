@@ -1,72 +1,63 @@
 #include "step.h"
 
 #include "advance.h"
+#include "backend/backend.h"
+#include "backend/metal_arguments.h"
 #include "view.h"
 
 namespace flatstep {
 
-StepResult update_leaves(
-    const Layout& layout,
-    const Rule& rule,
-    std::shared_ptr<const Schedule> schedule,
-    const std::vector<size_t>& leaves,
-    std::vector<mx::array> parameters,
-    std::vector<mx::array> gradients,
-    std::vector<std::vector<mx::array>> state,
-    mx::array step,
-    std::optional<mx::array> learning_rate,
-    mx::StreamOrDevice s) {
-  NextStep next = advance(step, schedule, s);
-  std::vector<std::optional<mx::array>> updated(leaves.size());
-  // A trace is replayed with the same leaves.
-  auto plans = layout.plan(leaves, is_tracing() || layout.recurs(leaves));
-  for (const auto& plan : *plans) {
-    UpdateInputs in{step, learning_rate, {}, parameters, gradients};
-    for (int slot = 0; slot < rule.num_slots(); ++slot) {
-      in.state.push_back(std::move(state[slot][plan->bucket]));
-    }
-    auto out = fused_update(plan, rule, schedule, std::move(in), s);
-    for (size_t slot = 0; slot < out.state.size(); ++slot) {
-      state[slot][plan->bucket] = std::move(out.state[slot]);
-    }
-    auto leaf_views = views(out.parameters, plan->views, s);
-    for (size_t k = 0; k < leaf_views.size(); ++k) {
-      updated[plan->segments[k].position] = std::move(leaf_views[k]);
+namespace {
+
+// The outputs of an Advance of this step.
+std::vector<mx::array> advance(const StepInputs& in, const mx::array& step, bool makes_constants) {
+  std::vector<mx::array> inputs{step};
+  std::vector<mx::Shape> shapes{{}};
+  std::vector<mx::Dtype> dtypes{mx::uint64};
+  if (in.schedule) {
+    shapes.push_back({});
+    dtypes.push_back(mx::float32);
+  }
+  if (makes_constants) {
+    auto groups = static_cast<mx::ShapeElem>(in.rule.groups().size());
+    shapes.push_back({groups, FLATSTEP_GROUP_WORDS});
+    dtypes.push_back(mx::uint32);
+    if (!in.schedule) {
+      inputs.push_back(*in.learning_rate);
     }
   }
-  std::vector<mx::array> result;
-  result.reserve(updated.size());
-  for (auto& leaf : updated) {
-    result.push_back(std::move(*leaf));
-  }
-  return {std::move(result), std::move(state), std::move(next.step), std::move(next.learning_rate)};
+  auto node = std::make_shared<Advance>(in, shapes);
+  return mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
 }
 
-StepResult update_single(
-    const Rule& rule,
-    std::shared_ptr<const Schedule> schedule,
-    mx::array parameter,
-    mx::array gradient,
-    std::vector<mx::array> state,
-    mx::array step,
-    std::optional<mx::array> learning_rate,
-    mx::StreamOrDevice s) {
-  Layout layout({"parameter"}, {parameter.shape()}, {parameter.dtype()}, /* bucket_bytes */ 0);
-  std::vector<std::vector<mx::array>> by_slot;
-  for (auto& slot : state) {
-    by_slot.push_back({std::move(slot)});
+}  // namespace
+
+StepInputs update_leaves(const Layout& layout, const std::vector<size_t>& leaves, StepInputs in) {
+  require_backend(in.stream.device);
+  bool makes_constants = !holds_operands(in.stream.device);
+  auto next = advance(in, in.step, makes_constants);
+  if (makes_constants) {
+    bool reads_step = in.schedule || in.rule.traits().reads_step;
+    // Where a compiled function does not return its state, there is no step to read at a replay.
+    in.constants = reads_step || !is_tracing()
+                       ? next.back()
+                       : advance(in, mx::array(uint64_t{0}), makes_constants).back();
   }
-  return update_leaves(
-      layout,
-      rule,
-      std::move(schedule),
-      {0},
-      {std::move(parameter)},
-      {std::move(gradient)},
-      std::move(by_slot),
-      std::move(step),
-      std::move(learning_rate),
-      s);
+  // A trace is replayed with the same leaves.
+  auto plans = layout.plan(leaves, /* recurs */ is_tracing());
+  for (const auto& plan : *plans) {
+    auto out = fused_update(plan, in);
+    for (size_t k = 0; k < in.state.size(); ++k) {
+      in.state[k][plan->bucket] = std::move(out[1 + k]);
+    }
+    auto updated = views(out[0], plan->views, in.stream);
+    for (size_t i = 0; i < updated.size(); ++i) {
+      in.parameters[plan->segments[i].position] = std::move(updated[i]);
+    }
+  }
+  in.step = std::move(next[0]);
+  in.learning_rate = in.schedule ? std::optional(std::move(next[1])) : std::nullopt;
+  return in;
 }
 
 bool are_flat(

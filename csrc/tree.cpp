@@ -5,9 +5,8 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "dtypes.h"
-#include "fused_update.h"
 #include "mlx/utils.h"
+#include "tables.h"
 
 namespace flatstep {
 
@@ -19,17 +18,6 @@ std::string python_type_name(nb::handle object) {
 
 bool is_sequence(nb::handle object) {
   return PyList_Check(object.ptr()) || PyTuple_Check(object.ptr());
-}
-
-Py_ssize_t length_of(nb::handle sequence) {
-  return PyList_Check(sequence.ptr()) ? PyList_GET_SIZE(sequence.ptr())
-                                      : PyTuple_GET_SIZE(sequence.ptr());
-}
-
-nb::object item_of(nb::handle sequence, Py_ssize_t index) {
-  return nb::borrow(
-      PyList_Check(sequence.ptr()) ? PyList_GET_ITEM(sequence.ptr(), index)
-                                   : PyTuple_GET_ITEM(sequence.ptr(), index));
 }
 
 // Where a walk is: the containers from the root down, and in each the item that it has come to. No
@@ -57,8 +45,8 @@ class Walk {
         level.key = nb::borrow(key);
         return nb::borrow(value);
       }
-    } else if (level.position < length_of(level.container)) {
-      return item_of(level.container, level.position++);
+    } else if (level.position < PySequence_Fast_GET_SIZE(level.container.ptr())) {
+      return nb::borrow(PySequence_Fast_GET_ITEM(level.container.ptr(), level.position++));
     }
     return nb::object();
   }
@@ -73,14 +61,13 @@ class Walk {
   nb::object counterpart(nb::handle container) const {
     const Level& level = levels_.back();
     PyObject* raw = container.ptr();
-    if (raw == nullptr) {
-      return nb::object();
-    }
     if (!level.key.is_valid()) {
-      bool is_there = is_sequence(container) && level.position <= length_of(container);
-      return is_there ? item_of(container, level.position - 1) : nb::object();
+      bool is_there = raw != nullptr && is_sequence(container) &&
+                      level.position <= PySequence_Fast_GET_SIZE(raw);
+      return is_there ? nb::borrow(PySequence_Fast_GET_ITEM(raw, level.position - 1))
+                      : nb::object();
     }
-    if (!PyDict_Check(raw)) {
+    if (raw == nullptr || !PyDict_Check(raw)) {
       return nb::object();
     }
     nb::object item = PyDict_CheckExact(raw)
@@ -199,8 +186,7 @@ class Collector {
       walk_.enter(gradient);
       others_.push_back({std::move(skeleton), std::move(parameter)});
     } else {
-      walk_.fail_type(
-          "a gradient should be an mlx.core.array, found " + python_type_name(gradient));
+      refuse_type("gradient", gradient);
     }
   }
 
@@ -209,8 +195,7 @@ class Collector {
       walk_.fail("there is a gradient but no parameter of this name");
     }
     if (!parameter.type().is(array_type_)) {
-      walk_.fail_type(
-          "a parameter should be an mlx.core.array, found " + python_type_name(parameter));
+      refuse_type("parameter", parameter);
     }
     const auto& p = *nb::inst_ptr<mx::array>(parameter);
     const auto& g = *nb::inst_ptr<mx::array>(gradient);
@@ -254,6 +239,12 @@ class Collector {
     result.gradients.push_back(g);
   }
 
+  [[noreturn]] void refuse_type(const char* what, nb::handle found) {
+    walk_.fail_type(
+        std::string("a ") + what + " should be an mlx.core.array, found " +
+        python_type_name(found));
+  }
+
   [[noreturn]] void refuse_dtype(const char* what, mx::Dtype dtype) {
     walk_.fail_type(
         std::string(what) + " has dtype " + str(dtype) +
@@ -266,74 +257,23 @@ class Collector {
   std::vector<Others> others_;
 };
 
-class Rebuilder {
- public:
-  explicit Rebuilder(std::vector<mx::array> values)
-      : values_(std::move(values)), array_type_(nb::type<mx::array>()) {
+// A container of this kind, for its items to be put into.
+nb::object empty_like(nb::handle container) {
+  if (!PyDict_Check(container.ptr())) {
+    return nb::list();
   }
+  // A copy has room for all keys; a dict that grows as they come is moved several times.
+  return PyDict_CheckExact(container.ptr()) ? nb::steal(PyDict_Copy(container.ptr())) : nb::dict();
+}
 
-  nb::object rebuild(nb::handle tree) {
-    nb::object made = start(tree);
-    while (!walk_.is_done()) {
-      nb::object child = walk_.next();
-      if (!child.is_valid()) {
-        made = finish(walk_.leave(), std::move(containers_.back()));
-        containers_.pop_back();
-      } else {
-        size_t depth = containers_.size();
-        made = start(child);
-        if (containers_.size() > depth) {
-          continue;
-        }
-      }
-      if (!walk_.is_done()) {
-        put(made);
-      }
-    }
+// What was made in the place of a container, as its type.
+nb::object as_type_of(nb::handle container, nb::object made) {
+  if (PyDict_Check(container.ptr()) || PyList_CheckExact(container.ptr())) {
     return made;
   }
-
- private:
-  // A leaf's value; or null, and a new container for what comes next.
-  nb::object start(nb::handle node) {
-    if (node.type().is(array_type_)) {
-      return nb::cast(std::move(values_.at(next_++)));
-    }
-    walk_.enter(node);
-    if (!PyDict_Check(node.ptr())) {
-      containers_.push_back(nb::list());
-    } else if (PyDict_CheckExact(node.ptr())) {
-      // A copy has room for all keys; a dict that grows as they come is moved several times.
-      containers_.push_back(nb::steal(PyDict_Copy(node.ptr())));
-    } else {
-      containers_.push_back(nb::dict());
-    }
-    return nb::object();
-  }
-
-  nb::object finish(nb::handle original, nb::object made) {
-    if (PyDict_Check(original.ptr()) || PyList_CheckExact(original.ptr())) {
-      return made;
-    }
-    nb::handle type = original.type();
-    return nb::hasattr(type, "_fields") ? type(*nb::borrow<nb::list>(made)) : type(made);
-  }
-
-  void put(nb::handle value) {
-    PyObject* container = containers_.back().ptr();
-    int failed = walk_.key().is_valid() ? PyDict_SetItem(container, walk_.key().ptr(), value.ptr())
-                                        : PyList_Append(container, value.ptr());
-    if (failed) {
-      throw nb::python_error();
-    }
-  }
-
-  std::vector<mx::array> values_;
-  size_t next_{0};
-  nb::handle array_type_;
-  Walk walk_;
-  std::vector<nb::object> containers_;
-};
+  nb::handle type = container.type();
+  return nb::hasattr(type, "_fields") ? type(*nb::borrow<nb::list>(made)) : type(made);
+}
 
 }  // namespace
 
@@ -345,7 +285,36 @@ GivenLeaves collect_leaves(
 }
 
 nb::object rebuild_tree(nb::handle gradients, std::vector<mx::array> values) {
-  return Rebuilder(std::move(values)).rebuild(gradients);
+  nb::handle array_type = nb::type<mx::array>();
+  size_t next = 0;
+  Walk walk;
+  std::vector<nb::object> containers;
+  nb::object node = nb::borrow(gradients);
+  // Each time around: down into a container, or up with what stands in the place of a node.
+  for (;;) {
+    if (node.is_valid() && !node.type().is(array_type)) {
+      walk.enter(node);
+      containers.push_back(empty_like(node));
+    } else {
+      nb::object made;
+      if (node.is_valid()) {
+        made = nb::cast(std::move(values.at(next++)));
+      } else {
+        made = as_type_of(walk.leave(), std::move(containers.back()));
+        containers.pop_back();
+      }
+      if (walk.is_done()) {
+        return made;
+      }
+      PyObject* container = containers.back().ptr();
+      int failed = walk.key().is_valid() ? PyDict_SetItem(container, walk.key().ptr(), made.ptr())
+                                         : PyList_Append(container, made.ptr());
+      if (failed) {
+        throw nb::python_error();
+      }
+    }
+    node = walk.next();
+  }
 }
 
 }  // namespace flatstep

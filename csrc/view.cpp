@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "allocate.h"
+#include "kept_leaves.h"
 #include "mlx/utils.h"
 
 namespace flatstep {
@@ -19,59 +20,48 @@ size_t size_of_shape(const mx::Shape& shape) {
   return size;
 }
 
-namespace {
-
-// Appends the outputs of one node: what array::make_arrays does, without growing vectors, since
-// this runs for every tensor at every step.
-void add_node(
-    const mx::array& flat,
-    mx::Stream stream,
-    const ViewSpecs& specs,
-    size_t first,
-    size_t count,
-    std::vector<mx::array>& result) {
-  auto node = std::make_shared<View>(stream, specs, first, count);
-  for (size_t i = first; i < first + count; ++i) {
-    result.emplace_back((*specs)[i].shape, flat.dtype(), node, std::vector<mx::array>{flat});
-  }
-  for (size_t i = 0; i < count; ++i) {
-    std::vector<mx::array> siblings;
-    siblings.reserve(count - 1);
-    for (size_t k = 0; k < count; ++k) {
-      if (k != i) {
-        siblings.push_back(result[first + k]);
-      }
-    }
-    result[first + i].set_siblings(std::move(siblings), i);
-  }
-}
-
-void check(const mx::array& flat, const std::vector<ViewSpec>& specs) {
-  for (const ViewSpec& spec : specs) {
-    if (spec.offset + size_of_shape(spec.shape) > flat.size()) {
-      std::ostringstream message;
-      message << "[view] a view of shape " << spec.shape << " at element " << spec.offset
-              << " does not lie within an array of " << flat.size() << " elements.";
-      throw std::invalid_argument(message.str());
-    }
-  }
-}
-
-}  // namespace
-
+// Makes nodes as array::make_arrays does, but without growing vectors, since this runs for every
+// tensor at every step.
 std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamOrDevice s) {
-  check(flat, *specs);
   auto stream = mx::to_stream(s);
   std::vector<mx::array> result;
   result.reserve(specs->size());
   for (size_t first = 0; first < specs->size(); first += kViewsPerNode) {
-    add_node(flat, stream, specs, first, std::min(kViewsPerNode, specs->size() - first), result);
+    size_t end = std::min(first + kViewsPerNode, specs->size());
+    auto node = std::make_shared<View>(stream, specs, first, end - first);
+    for (size_t i = first; i < end; ++i) {
+      result.emplace_back((*specs)[i].shape, flat.dtype(), node, std::vector<mx::array>(1, flat));
+    }
+    for (size_t i = first; i < end; ++i) {
+      std::vector<mx::array> siblings;
+      siblings.reserve(end - first - 1);
+      siblings.insert(siblings.end(), result.begin() + first, result.begin() + i);
+      siblings.insert(siblings.end(), result.begin() + i + 1, result.end());
+      result[i].set_siblings(std::move(siblings), i - first);
+    }
   }
   return result;
 }
 
-std::vector<mx::array> views_of_available(const mx::array& flat, ViewSpecs specs) {
-  check(flat, *specs);
+std::vector<mx::array> parts_of(
+    const mx::array& flat,
+    const std::vector<std::pair<mx::Shape, size_t>>& parts,
+    mx::StreamOrDevice s) {
+  auto specs = std::make_shared<std::vector<ViewSpec>>();
+  for (const auto& [shape, offset] : parts) {
+    size_t size = size_of_shape(shape);
+    if (offset + size > flat.size()) {
+      std::ostringstream message;
+      message << "[view] a view of shape " << shape << " at element " << offset
+              << " does not lie within an array of " << flat.size() << " elements.";
+      throw std::invalid_argument(message.str());
+    }
+    specs->push_back({shape, offset, keeps_much_else(size, flat.size()) ? always() : nullptr});
+  }
+  // A leaf that is read is no part of a graph, which would keep the whole bucket.
+  if (!flat.is_available() || is_tracing()) {
+    return views(flat, std::move(specs), s);
+  }
   std::vector<mx::array> outputs;
   for (const ViewSpec& spec : *specs) {
     outputs.push_back(mx::array(spec.shape, flat.dtype(), nullptr, {}));
@@ -104,38 +94,24 @@ std::vector<View::Copy> View::place_outputs(
       out.copy_shared_buffer(flat, mx::Strides(out.ndim(), 0), flags, 1);
       continue;
     }
-    // The strides that a new array of this shape has, read before the buffer is shared.
-    mx::Strides strides = out.strides();
+    std::optional<mx::array> part;
+    if (spec(i).is_apart && *spec(i).is_apart) {
+      part.emplace(out.shape(), out.dtype(), nullptr, std::vector<mx::array>{});
+    }
+    mx::array& target = part ? *part : out;
     size_t dimensions_over_one =
         std::count_if(out.shape().begin(), out.shape().end(), [](auto n) { return n > 1; });
     mx::array::Flags flags{/* contiguous */ true,
                            /* row_contiguous */ true,
                            /* col_contiguous */ dimensions_over_one <= 1};
-    std::optional<mx::array> part;
-    if (spec(i).is_apart && *spec(i).is_apart) {
-      part.emplace(out.shape(), out.dtype(), nullptr, std::vector<mx::array>{});
-    }
-    (part ? *part : out)
-        .copy_shared_buffer(flat, strides, flags, out.size(), static_cast<int64_t>(spec(i).offset));
+    auto offset = static_cast<int64_t>(spec(i).offset);
+    target.copy_shared_buffer(flat, target.strides(), flags, target.size(), offset);
     if (part) {
       allocate(out);
       copies.push_back({i, std::move(*part)});
     }
   }
   return copies;
-}
-
-bool View::is_equivalent(const mx::Primitive& other) const {
-  const auto& that = static_cast<const View&>(other);
-  if (count_ != that.count_) {
-    return false;
-  }
-  for (size_t i = 0; i < count_; ++i) {
-    if (spec(i).offset != that.spec(i).offset || spec(i).shape != that.spec(i).shape) {
-      return false;
-    }
-  }
-  return true;
 }
 
 std::vector<mx::Shape> View::output_shapes(const std::vector<mx::array>&) {

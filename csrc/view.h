@@ -4,15 +4,13 @@
 
 #include <atomic>
 #include <memory>
+#include <utility>
 #include <vector>
 
-#include "mlx/primitives.h"
 #include "mlx/utils.h"
-#include "transforms.h"
+#include "update_primitive.h"
 
 namespace flatstep {
-
-namespace mx = mlx::core;
 
 // How many elements an array of this shape has.
 size_t size_of_shape(const mx::Shape& shape);
@@ -35,28 +33,27 @@ inline constexpr size_t kViewsPerNode = 8;
 using ViewSpecs = std::shared_ptr<const std::vector<ViewSpec>>;
 
 // The parts of `flat` that `specs` name, row-contiguous, sharing its memory unless they are apart.
-// Throws std::invalid_argument when a part does not lie within the array.
-std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamOrDevice s = {});
+std::vector<mx::array> views(const mx::array& flat, ViewSpecs specs, mx::StreamOrDevice s);
 
-// The same at once, with no graph, of an array that is available.
-std::vector<mx::array> views_of_available(const mx::array& flat, ViewSpecs specs);
+// Parts of any array, each a shape and its first element: at once where the array is available.
+// They are apart if they would keep much that is not theirs. Throws std::invalid_argument when one
+// does not lie within the array.
+std::vector<mx::array> parts_of(
+    const mx::array& flat,
+    const std::vector<std::pair<mx::Shape, size_t>>& parts,
+    mx::StreamOrDevice s);
 
-class View : public mx::Primitive {
+class View : public UpdatePrimitive {
  public:
   // Makes views number `first` to `first + count - 1` of the specs.
   View(mx::Stream stream, ViewSpecs specs, size_t first, size_t count)
-      : mx::Primitive(stream), specs_(std::move(specs)), first_(first), count_(count) {
+      : UpdatePrimitive(stream, {}), specs_(std::move(specs)), first_(first), count_(count) {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
 
-  FLATSTEP_REFUSE_TRANSFORMS()
-
-  const char* name() const override {
-    return "FlatstepView";
-  }
-  bool is_equivalent(const mx::Primitive& other) const override;
+  DEFINE_NAME(FlatstepView)
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
 
   // An output that is apart, by its number, and its part of the flat array.

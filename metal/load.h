@@ -1,11 +1,33 @@
-// Loads and stores of a few neighbouring elements, of flat arrays and of arrays of any layout.
+// Loads and stores of a few neighbouring elements, of flat arrays and of arrays of any layout, and
+// of structs as words.
 #pragma once
 
 #include "../csrc/backend/metal_arguments.h"
 
+// The host appends the instances of the kernels that it needs.
+#define FLATSTEP_INSTANTIATE(name, function, ...) \
+  template [[host_name(name)]] [[kernel]] decltype(function<__VA_ARGS__>) function<__VA_ARGS__>;
+
 namespace flatstep {
 
-// ---- Loads and stores of a run of elements: `count` of them, at most FLATSTEP_RUN. ----
+// ---- Structs: not every compiler copies one from one address space to another. ----
+
+template <typename T>
+union Words {
+  T value;
+  uint at[(sizeof(T) + 3) / 4];
+};
+
+template <typename T>
+FLATSTEP_FN T from_words(constant uint* from) {
+  Words<T> words;
+  for (uint k = 0; k < sizeof(T) / 4; ++k) {
+    words.at[k] = from[k];
+  }
+  return words.value;
+}
+
+// ---- A run of elements: `count` of them, at most FLATSTEP_RUN. ----
 
 // An array whose index the compiler does not know would lie in memory instead of registers. So
 // every loop over a run goes to its end, and past `count` there are zeros that nobody stores.
@@ -15,73 +37,73 @@ struct Run {
   float at[FLATSTEP_RUN];
 };
 
-template <typename T>
-FLATSTEP_FN Run load_aligned(const device T* from, uint count) {
-  Run run = {};
-  if (count == FLATSTEP_RUN) {
-    vec<T, FLATSTEP_RUN> values = *(const device vec<T, FLATSTEP_RUN>*)(from);
-    FLATSTEP_UNROLL
-    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-      run.at[k] = float(values[k]);
-    }
+// All of a run at once, where `is_whole`: it has all its elements, and starts where a vector may.
+template <typename S>
+FLATSTEP_FN Run load_run(const device typename S::Stored* from, uint count, bool is_whole) {
+  typedef vec<typename S::Stored, FLATSTEP_RUN> Vector;
+  Vector values = {};
+  if (is_whole) {
+    values = *(const device Vector*)(from);
   } else {
     FLATSTEP_UNROLL
     for (uint k = 0; k < FLATSTEP_RUN; ++k) {
       if (k < count) {
-        run.at[k] = float(from[k]);
+        values[k] = from[k];
       }
     }
+  }
+  Run run;
+  FLATSTEP_UNROLL
+  for (uint k = 0; k < FLATSTEP_RUN; ++k) {
+    run.at[k] = S::load(values[k]);
   }
   return run;
 }
 
-template <typename T>
-FLATSTEP_FN void store_aligned(device T* to, Run run, uint count) {
-  if (count == FLATSTEP_RUN) {
-    vec<T, FLATSTEP_RUN> values;
-    FLATSTEP_UNROLL
-    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-      values[k] = T(run.at[k]);
-    }
-    *(device vec<T, FLATSTEP_RUN>*)(to) = values;
+// `key` is that of the first element.
+template <typename S>
+FLATSTEP_FN void store_run(
+    device typename S::Stored* to, Run run, uint count, bool is_whole, RoundingKey key) {
+  typedef vec<typename S::Stored, FLATSTEP_RUN> Vector;
+  Vector values;
+  FLATSTEP_UNROLL
+  for (uint k = 0; k < FLATSTEP_RUN; ++k) {
+    values[k] = S::store(run.at[k], key);
+    ++key.element;
+  }
+  if (is_whole) {
+    *(device Vector*)(to) = values;
   } else {
     FLATSTEP_UNROLL
     for (uint k = 0; k < FLATSTEP_RUN; ++k) {
       if (k < count) {
-        to[k] = T(run.at[k]);
+        to[k] = values[k];
       }
     }
   }
 }
 
-// ---- The source: any dtype, any layout. ----
+// ---- The source: any storage, any layout. ----
 
-template <typename T>
-FLATSTEP_FN float load_one(const device char* source, int64_t offset) {
-  return float(((const device T*)source)[offset]);
+#define FLATSTEP_NUMBER(Type, dtype) STORAGE_##Type,
+enum StorageNumber { FLATSTEP_STORAGES(FLATSTEP_NUMBER) };
+
+#define FLATSTEP_LOAD(Type, dtype)                                    \
+  case STORAGE_##Type:                                                \
+    value = Type::load(((const device Type::Stored*)source)[offset]); \
+    break;
+
+FLATSTEP_FN float load_one(const device char* source, uint storage, int64_t offset) {
+  float value = 0.0f;
+  switch (StorageNumber(storage)) { FLATSTEP_STORAGES(FLATSTEP_LOAD) }
+  return value;
 }
 
-FLATSTEP_FN float load_one(const device char* source, uint type, int64_t offset) {
-  switch (type) {
-    case SOURCE_FLOAT16:
-      return load_one<half>(source, offset);
-    case SOURCE_BFLOAT16:
-      return load_one<bfloat>(source, offset);
-    default:
-      return load_one<float>(source, offset);
-  }
-}
-
-FLATSTEP_FN Run load_aligned(const device char* source, uint type, uint64_t first, uint count) {
-  switch (type) {
-    case SOURCE_FLOAT16:
-      return load_aligned((const device half*)source + first, count);
-    case SOURCE_BFLOAT16:
-      return load_aligned((const device bfloat*)source + first, count);
-    default:
-      return load_aligned((const device float*)source + first, count);
-  }
-}
+#define FLATSTEP_LOAD_RUN(Type, dtype)                                                            \
+  case STORAGE_##Type:                                                                            \
+    run =                                                                                         \
+        load_run<Type>((const device Type::Stored*)source + first, count, count == FLATSTEP_RUN); \
+    break;
 
 // Where element `index` lies, counted in row-major order over these dimensions.
 FLATSTEP_FN int64_t
@@ -98,16 +120,18 @@ strided_offset(constant SourceDimension* dimensions, uint num_dimensions, uint64
   return offset;
 }
 
+// Elements of a segment from its `first` on.
 FLATSTEP_FN Run load_source(
     const device char* source,
     constant SourceSegment& segment,
     constant SourceDimension* dimensions,
     uint64_t first,
     uint count) {
-  if (segment.source_layout == SOURCE_ALIGNED) {
-    return load_aligned(source, segment.source_type, first, count);
-  }
   Run run = {};
+  if (segment.source_layout == SOURCE_ALIGNED) {
+    switch (StorageNumber(segment.storage)) { FLATSTEP_STORAGES(FLATSTEP_LOAD_RUN) }
+    return run;
+  }
   FLATSTEP_UNROLL
   for (uint k = 0; k < FLATSTEP_RUN; ++k) {
     if (k < count) {
@@ -115,7 +139,7 @@ FLATSTEP_FN Run load_source(
       if (segment.source_layout != SOURCE_UNALIGNED) {
         offset = strided_offset(dimensions, segment.num_dimensions, first + k);
       }
-      run.at[k] = load_one(source, segment.source_type, offset);
+      run.at[k] = load_one(source, segment.storage, offset);
     }
   }
   return run;

@@ -8,24 +8,16 @@ for a compiler that should see them all.
 
 import argparse
 import re
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parent.parent / "metal"
+REPOSITORY = Path(__file__).resolve().parent.parent
+KERNELS = REPOSITORY / "metal"
 INCLUDE = re.compile(r'#include "([^"]+)"')
 # A string literal may be no longer than this in every C++ compiler.
 LITERAL_LIMIT = 60_000
-
-RULES = [
-    "Adam",
-    "Sgd<false, false, false>",
-    "Sgd<true, false, false>",
-    "Sgd<false, true, false>",
-    "Sgd<true, true, false>",
-    "Sgd<false, true, true>",
-    "Sgd<true, true, true>",
-]
-DTYPES = ["float", "half", "bfloat"]
+MAX_STATES = 4
 
 
 def resolved(path: Path, included: set[Path]) -> list[str]:
@@ -55,15 +47,31 @@ def source() -> str:
     return "\n".join(lines) + "\n"
 
 
+def rows(header: str, macro: str) -> list[str]:
+    """The structs that a header's table of this name lists."""
+    text = (REPOSITORY / "csrc" / header).read_text(encoding="ascii")
+    _, table = text.split(f"#define {macro}(", 1)
+    row, lines = table.split(")", 1)
+    return re.findall(rf"\b{row}\((\w+),", lines.split("\n\n")[0])
+
+
 def all_instances() -> str:
-    """Every kernel that csrc/backend/metal.cpp may ask for."""
-    kernels = [(rule, *dtypes) for rule in RULES for dtypes in product(DTYPES, repeat=3)] + [
-        ("Copy", dtype, "float", "float") for dtype in DTYPES
-    ]
-    lines = []
-    for number, (kernel, tiles) in enumerate(product(kernels, ("false", "true"))):
-        arguments = ", ".join([*kernel, tiles])
-        lines.append(f'FLATSTEP_INSTANTIATE("update_{number}", {arguments})')
+    """Every kernel that a step may ask for, whose state has one storage.
+
+    State of several storages, which only a flat_update has, takes no other templates.
+    """
+    rules = rows("rules.h", "FLATSTEP_RULES")
+    storages = rows("storage.h", "FLATSTEP_STORAGES")
+    kernels = [f"advance, {rule}" for rule in rules]
+    for rule, tiles, p, state in product([*rules, "Copy"], ("false", "true"), storages, storages):
+        if rule != "Copy" or p == state:
+            kernels.append(", ".join(["update", rule, tiles, p, *[state] * MAX_STATES]))
+    return instances({f"kernel_{number}": kernel for number, kernel in enumerate(kernels)})
+
+
+def instances(kernels: Mapping[str, str]) -> str:
+    """Of names, and the templates with their arguments."""
+    lines = [f'FLATSTEP_INSTANTIATE("{name}", {kernel})' for name, kernel in kernels.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -72,7 +80,7 @@ def as_cpp(text: str) -> str:
     literals = "\n".join(f'R"metal({piece})metal"' for piece in pieces)
     return (
         "// Written by scripts/metal_source.py.\n"
-        '#include "backend/metal_source.h"\n\n'
+        '#include "backend/metal_dispatch.h"\n\n'
         "namespace flatstep {\n"
         f"const char* const kMetalSource =\n{literals};\n"
         "}  // namespace flatstep\n"

@@ -1,61 +1,29 @@
 """What the tests run over: update rules with their arguments, shapes, dtypes, and random trees.
 
-A new optimizer is one function in reference.py and its rows here.
+The rules and their arguments are those of the doctor's table, which a new optimizer adds to, and
+some that only the tests need.
 """
 
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from flatstep.diagnosis.cases import ADAMW, LEARNING_RATE, RULES, Case
 from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 
-# At this rate float32 holds 1 - learning_rate * weight_decay well for the decays below. Elsewhere
-# the rounding of that one factor moves MLX's weights by up to 3e-5 in 1,000 steps.
-LEARNING_RATE = 2.2e-3
+__all__ = ["ADAMW", "LEARNING_RATE", "RULES", "Case"]
 
-# The arrays that a rule keeps for each parameter.
-SLOTS = {"SGD": ("v",), "Adam": ("m", "v"), "AdamW": ("m", "v")}
-
-
-class Case(NamedTuple):
-    """An update rule and the arguments that it is made with."""
-
-    rule: str
-    arguments: dict[str, Any]
-
-    def __str__(self) -> str:
-        return "-".join([self.rule, *(f"{k}={v}" for k, v in self.arguments.items())])
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return SLOTS[self.rule]
-
-    def make(self, module: Any, learning_rate: Any = LEARNING_RATE) -> Any:
-        """The optimizer from flatstep or from mlx.optimizers."""
-        return getattr(module, self.rule)(learning_rate, **self.arguments)
-
-
-def _sgd() -> list[Case]:
-    cases = [
-        Case("SGD", {"momentum": momentum, "weight_decay": decay, "dampening": dampening})
-        for momentum, decay, dampening in product((0.0, 0.9), (0.0, 0.01), (0.0, 0.1))
-    ]
-    nesterov = [
-        Case("SGD", {"momentum": 0.9, "weight_decay": decay, "nesterov": True})
-        for decay in (0.0, 0.01)
-    ]
-    return cases + nesterov
-
-
-def _adam() -> list[Case]:
-    cases = [Case("Adam", {"bias_correction": correct}) for correct in (False, True)]
-    for decay, correct in product((0.0, 0.1), (False, True)):
-        cases.append(Case("AdamW", {"weight_decay": decay, "bias_correction": correct}))
-    return cases
-
-
+# Beside RULES, what each argument does by itself.
+MORE = [
+    Case("SGD", {"dampening": 0.1}),
+    Case("SGD", {"momentum": 0.9}),
+    Case("SGD", {"momentum": 0.9, "weight_decay": 0.01}),
+    Case("SGD", {"momentum": 0.9, "nesterov": True}),
+    Case("Adam", {"bias_correction": True}),
+    Case("AdamW", {"weight_decay": 0.0}),
+    Case("AdamW", {"weight_decay": 0.0, "bias_correction": True}),
+]
 UNUSUAL = [
     Case("SGD", {"momentum": 0.5, "weight_decay": 0.3, "dampening": 0.7}),
     Case("SGD", {"momentum": 0.0, "weight_decay": 2.0}),
@@ -70,17 +38,17 @@ UNUSUAL = [
     Case("AdamW", {"betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 5.0}),
     Case("AdamW", {"betas": [0.95, 0.98], "eps": 1e-5, "bias_correction": True}),
 ]
-CASES = [*_sgd(), *_adam(), *UNUSUAL]
+CASES = [*RULES, *MORE, *UNUSUAL]
 
 
 def _uses(case: Case) -> int:
     return sum(map(bool, case.arguments.values()))
 
 
-# For what takes long: of each rule the case that uses the most of its arguments.
+# Of each rule the case that uses the most of its arguments.
 FULLEST = [
-    max((case for case in CASES if case.rule == rule and case not in UNUSUAL), key=_uses)
-    for rule in SLOTS
+    max((case for case in RULES if case.rule == rule), key=_uses)
+    for rule in dict.fromkeys(case.rule for case in RULES)
 ]
 
 # Betas so close to 1 that MLX's float32 can't follow float64: only for the reference.

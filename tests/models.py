@@ -6,15 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from cases import Case, leaves
+from cases import FULLEST, leaves
 
-# One row for each rule, all with state that matters.
-RULES = [
-    Case("SGD", {"momentum": 0.9}),
-    Case("Adam", {"bias_correction": True}),
-    Case("AdamW", {"weight_decay": 0.1, "bias_correction": True}),
-]
-every_rule = pytest.mark.parametrize("case", RULES, ids=lambda case: case.rule)
+every_rule = pytest.mark.parametrize("case", FULLEST, ids=lambda case: case.rule)
 
 
 class Model(nn.Module):

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import mlx.optimizers
 import numpy as np
 import pytest
-from cases import Case, leaves, random_array
+from cases import RULES, Case, leaves, random_array
 from flatstep.fused import FusedOptimizer
 from mlx.utils import tree_map, tree_unflatten
 from models import (
@@ -39,9 +39,7 @@ def test_every_public_name_of_mlx_optimizers_is_here() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "SGD",
-        "Adam",
-        "AdamW",
+        *dict.fromkeys(case.rule for case in RULES),
         "linear_schedule",
         "cosine_decay",
         "exponential_decay",
@@ -66,7 +64,7 @@ def test_arguments_and_their_defaults_are_those_of_mlx(name: str) -> None:
 @every_rule
 def test_our_classes_are_mlx_optimizers(case: Case) -> None:
     ours, theirs = case.make(optim), case.make(mlx.optimizers)
-    for name in ("Optimizer", "SGD", "Adam", "AdamW", "RMSprop"):
+    for name in ("Optimizer", "RMSprop", *(case.rule for case in RULES)):
         kind = getattr(mlx.optimizers, name)
         assert isinstance(ours, kind) == isinstance(theirs, kind), name
     assert isinstance(ours, getattr(optim, case.rule)) and isinstance(ours, optim.Optimizer)

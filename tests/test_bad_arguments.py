@@ -310,7 +310,7 @@ def transformed(case: Case, with_state: bool) -> dict[str, Callable[[], Any]]:
     def update(w: mx.array) -> mx.array:
         optimizer = case.make(optim, optim.cosine_decay(0.1, 10))
         updated = optimizer.apply_gradients({"w": w * 2}, {"w": w})["w"]
-        result: mx.array = optimizer.state["w"]["v"] if with_state else updated
+        result: mx.array = optimizer.state["w"][case.slots[0]] if with_state else updated
         return result
 
     return {

@@ -59,7 +59,7 @@ def inputs(dtypes: tuple[mx.Dtype, ...]) -> list[list[mx.array]]:
 
 def flat_steps(case: Case, rate: Any, arrays: list[list[mx.array]]) -> list[bytes]:
     optimizer = case.make(optim, rate)
-    slots = optimizer.rule().num_slots
+    slots = optimizer.rule().num_states
     results = [
         optimizer.flat_update(*given[: 2 + slots], step=97 * i) for i, given in enumerate(arrays)
     ]

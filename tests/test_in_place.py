@@ -53,6 +53,14 @@ def evaluated(array: mx.array) -> mx.array:
     return array
 
 
+def state_leaf(run: Run, *keys: Any) -> mx.array:
+    """One of the arrays that the rule keeps for a parameter."""
+    node = run.optimizer.state
+    for key in (*keys, run.optimizer.slots[-1]):
+        node = node[key]
+    return node
+
+
 # What somebody may hold on to. Nothing is evaluated by holding it unless it says so.
 HOLDERS: dict[str, Callable[[Run], Any]] = {
     "weight": lambda run: run.params["a"],
@@ -66,14 +74,12 @@ HOLDERS: dict[str, Callable[[Run], Any]] = {
     "evaluated transpose": lambda run: evaluated(run.params["deep"][0].T),
     "evaluated slice": lambda run: evaluated(run.params["a"][64:]),
     "evaluated broadcast": lambda run: evaluated(mx.broadcast_to(run.params["a"], (3, 130))),
-    "state leaf": lambda run: run.optimizer.state["a"]["v"],
-    "evaluated state leaf": lambda run: evaluated(run.optimizer.state["deep"][0]["v"]),
+    "state leaf": lambda run: state_leaf(run, "a"),
+    "evaluated state leaf": lambda run: evaluated(state_leaf(run, "deep", 0)),
     "every state leaf": lambda run: tree_map(lambda leaf: leaf, run.optimizer.state),
-    "NumPy view of a state leaf": lambda run: np.array(run.optimizer.state["a"]["v"], copy=False),
-    "lazy expression on a state leaf": lambda run: mx.sqrt(mx.abs(run.optimizer.state["a"]["v"])),
-    "evaluated slice of a state leaf": lambda run: evaluated(
-        run.optimizer.state["deep"][2][0]["v"][1:5]
-    ),
+    "NumPy view of a state leaf": lambda run: np.array(state_leaf(run, "a"), copy=False),
+    "lazy expression on a state leaf": lambda run: mx.sqrt(mx.abs(state_leaf(run, "a"))),
+    "evaluated slice of a state leaf": lambda run: evaluated(state_leaf(run, "deep", 2, 0)[1:5]),
     "shallow copy of the state": lambda run: copy.copy(run.optimizer.state),
     "deep copy of the state": lambda run: copy.deepcopy(run.optimizer.state),
     "deep copy of the optimizer": lambda run: copy.deepcopy(run.optimizer).state,

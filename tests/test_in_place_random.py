@@ -13,7 +13,7 @@ from unittest import mock
 import flatstep as optim
 import mlx.core as mx
 import numpy as np
-from cases import DTYPES, Case, leaves, random_array
+from cases import DTYPES, RULES, Case, leaves, random_array
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -21,13 +21,6 @@ from mlx.utils import tree_map
 from shadow import Run, Shadow, assert_same_bits, bits, copied, part_of, replaced
 
 SHAPES = [(), (1,), (0,), (3,), (64,), (65,), (128,), (0, 4), (5, 7), (2, 3, 4), (700,), (33, 31)]
-CASES = [
-    Case("SGD", {}),
-    Case("SGD", {"momentum": 0.9, "weight_decay": 0.1}),
-    Case("SGD", {"momentum": 0.9, "nesterov": True}),
-    Case("Adam", {}),
-    Case("AdamW", {"weight_decay": 0.1, "bias_correction": True}),
-]
 RATES: list[Callable[[], Any]] = [
     lambda: 0.01,
     lambda: optim.cosine_decay(0.1, 20),
@@ -91,7 +84,7 @@ class Training(RuleBasedStateMachine):
 
     @initialize(
         specs=trees,
-        case=st.sampled_from(CASES),
+        case=st.sampled_from(RULES),
         rate=st.sampled_from(RATES),
         state_dtype=st.sampled_from([None, *DTYPES]),
         seed=st.integers(0, 2**32),

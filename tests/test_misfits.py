@@ -263,7 +263,8 @@ def test_parameters_that_cannot_be_trained_get_no_state(case: Case) -> None:
     trainable = quantized(mx.float32)
     fails(lambda: optimizer.apply_gradients(gradient, trainable), ValueError, "frozen.w", "init")
     optimizer.init(trainable)
-    assert optimizer.state["frozen"]["w"]["v"].tolist() == mx.zeros((2, 4)).tolist()
+    for array in optimizer.state["frozen"]["w"].values():
+        assert array.tolist() == mx.zeros((2, 4)).tolist()
     # What it has now is kept, should the parameter be quantized again.
     optimizer.apply_gradients(gradient, trainable)
     before = copied(optimizer.state)

@@ -77,7 +77,7 @@ def public_members(module: ModuleType) -> list[tuple[str, Any]]:
         if name.startswith("_") or getattr(value, "__module__", "") != module.__name__:
             continue
         found.append((name, value))
-        for key, member in vars(value).items():
+        for key, member in vars(value).items() if inspect.isclass(value) else ():
             if not key.startswith("_") and (
                 inspect.isfunction(member) or isinstance(member, property)
             ):

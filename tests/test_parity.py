@@ -22,7 +22,7 @@ from cases import (
     random_shapes,
     random_tree,
 )
-from flatstep.diagnosis.formulas import allowed_ulps
+from flatstep.diagnosis.formulas import PARAMETER_ULPS
 from mlx.utils import tree_map
 from reference import (
     RULES,
@@ -33,7 +33,6 @@ from reference import (
     rounded,
     to_float64,
     total,
-    ulp,
 )
 
 STEPS = 1000
@@ -62,7 +61,7 @@ def set_random_state(
 
     def leaf(p: mx.array) -> dict[str, mx.array]:
         state = {slot: random_array(p.shape, rng, exponents=exponents) for slot in case.slots}
-        if "m" in state:
+        if {"m", "v"} <= state.keys():
             state["v"] = mx.square(state["v"])
         return state
 
@@ -100,9 +99,7 @@ def check_one_step(case: Case, optimizer: Any, params: Any, grads: Any) -> Any:
     for path, state in zip(expected, leaf_states(optimizer.state, params), strict=True):
         assert sorted(state) == sorted(case.slots)
         assert updated[path].dtype == dtypes[path]
-        assert_sum(
-            updated[path], expected[path]["p"], allowed_ulps(case.rule, "p", updated[path].dtype)
-        )
+        assert_sum(updated[path], expected[path]["p"], PARAMETER_ULPS)
         for slot, array in state.items():
             assert array.dtype == mx.float32
             assert_sum(array, expected[path][slot])
@@ -111,7 +108,7 @@ def check_one_step(case: Case, optimizer: Any, params: Any, grads: Any) -> Any:
 
 @pytest.mark.parametrize("t", [1, 10, 100_000])
 @pytest.mark.parametrize("case", [*CASES, *EXTREME], ids=case_id)
-def test_a_float32_step_is_within_two_ulp_of_float64(case: Case, t: int) -> None:
+def test_a_float32_step_is_near_float64(case: Case, t: int) -> None:
     rng = np.random.default_rng(t)
     params = random_tree(random_shapes(), rng)
     params["bias"] = mx.zeros((65,))
@@ -123,7 +120,7 @@ def test_a_float32_step_is_within_two_ulp_of_float64(case: Case, t: int) -> None
 
 
 @pytest.mark.parametrize("case", [*CASES, *EXTREME], ids=case_id)
-def test_numbers_far_from_one_are_within_two_ulp_of_float64(case: Case) -> None:
+def test_numbers_far_from_one_are_near_float64(case: Case) -> None:
     # Squares stay inside float32: from 1e-34 to 1e24.
     exponents = (-17, 12)
     rng = np.random.default_rng(29)
@@ -135,7 +132,7 @@ def test_numbers_far_from_one_are_within_two_ulp_of_float64(case: Case) -> None:
 
 
 @every_case
-def test_the_first_step_from_a_fresh_state_is_within_two_ulp_of_float64(case: Case) -> None:
+def test_the_first_step_from_a_fresh_state_is_near_float64(case: Case) -> None:
     rng = np.random.default_rng(1)
     params = {"weight": random_array((65,), rng), "bias": mx.zeros((65,))}
     grads = tree_map(lambda p: random_array(p.shape, rng), params)
@@ -162,7 +159,7 @@ def test_any_mix_of_dtypes_is_rounded_once_from_float32(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize("case", [c for c in CASES if c.rule != "SGD"], ids=case_id)
+@pytest.mark.parametrize("case", [c for c in CASES if c.slots == ("m", "v")], ids=case_id)
 def test_a_parameter_that_cancels_its_update_is_within_its_bound(
     case: Case, dtype: mx.Dtype
 ) -> None:
@@ -195,7 +192,12 @@ def test_one_tree_may_mix_dtypes(case: Case) -> None:
 
 
 # With eps = 0 the update is 0 / 0, in MLX too.
-@pytest.mark.parametrize("case", [c for c in CASES if c.arguments.get("eps") != 0], ids=case_id)
+cases_with_eps = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.arguments.get("eps") != 0], ids=case_id
+)
+
+
+@cases_with_eps
 def test_a_zero_gradient_from_a_fresh_state_leaves_only_weight_decay(case: Case) -> None:
     params = {"w": random_array((65,), np.random.default_rng(0)), "b": mx.zeros((3,))}
     optimizer = case.make(flatstep)
@@ -209,14 +211,61 @@ def test_a_zero_gradient_from_a_fresh_state_leaves_only_weight_decay(case: Case)
 def test_numbers_that_are_not_finite_spread_as_in_mlx(case: Case) -> None:
     # The square of 1e30 overflows.
     odd = [float("nan"), float("inf"), -float("inf"), 1e30, 1.0]
-    params = {"w": mx.array([p for p in odd for _ in odd])}
-    grads = {"w": mx.array(odd * len(odd))}
+    weights = odd
+    if case.rule == "SGD" and case.arguments.get("weight_decay"):
+        # MLX's makes NaN of an infinite weight: ours stays, see the next test. One that is NaN
+        # spreads to v in MLX also by a decay that is zero in float32.
+        spreads = np.float32(case.arguments["weight_decay"]) > 0
+        weights = [p for p in odd if np.isfinite(p) or (np.isnan(p) and spreads)]
+    params = {"w": mx.array([p for p in weights for _ in odd])}
+    grads = {"w": mx.array(odd * len(weights))}
     ours, theirs = case.make(flatstep), case.make(mlx.optimizers)
     got, expected = (optimizer.apply_gradients(grads, params) for optimizer in (ours, theirs))
     pairs = [(got["w"], expected["w"])]
     pairs += [(ours.state["w"][slot], theirs.state["w"][slot]) for slot in case.slots]
     for a, b in pairs:
         assert np.allclose(to_float64(a), to_float64(b), 1e-4, 0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@cases_with_eps
+def test_an_infinite_weight_is_a_mask_that_does_not_decay(case: Case, dtype: mx.Dtype) -> None:
+    mask, grads = mx.full((67,), -float("inf"), dtype), {"w": mx.zeros((67,), dtype)}
+    optimizer, params = case.make(flatstep), {"w": mask}
+    for _ in range(3):
+        params = optimizer.apply_gradients(grads, params)
+    assert mx.array_equal(params["w"], mask)
+    assert not any(array.any() for array in optimizer.state["w"].values())
+    # MLX keeps it too, but where the decay is a part of the gradient. (Its state is of the
+    # parameters' dtype, and float16 has no 1e-8.)
+    if not (case.rule == "SGD" and case.arguments.get("weight_decay")) and dtype != mx.float16:
+        theirs = case.make(mlx.optimizers).apply_gradients(grads, {"w": mask})
+        assert mx.array_equal(theirs["w"], mask)
+
+
+def test_a_decay_that_float32_cannot_subtract_from_one_moves_the_weights() -> None:
+    rate, size, steps = 1e-3, 1000, 20
+    rng = np.random.default_rng(37)
+    start = {"w": random_array((size,), rng, exponents=(-1, 1))}
+    rows = [{"w": random_array((size,), rng)} for _ in range(steps)]
+    moved = {}
+    for module in (flatstep, mlx.optimizers):
+        ends = []
+        for decay in (2e-5, 0.0):
+            case = Case("AdamW", {"weight_decay": decay, "bias_correction": True})
+            optimizer, params = case.make(module, rate), start
+            optimizer.init(start)
+            for row in rows:
+                if module is flatstep:
+                    params = check_one_step(case, optimizer, params, row)
+                else:
+                    params = optimizer.apply_gradients(row, params)
+            ends.append(to_float64(params["w"]))
+        moved[module] = np.mean((ends[0] - ends[1]) / ends[1])
+    # Less than half an ulp of the weight in each step, which the rounding of its sum with the
+    # update gives to some weights and not to others.
+    assert moved[flatstep] == pytest.approx(-steps * rate * 2e-5, rel=0.1)
+    assert moved[mlx.optimizers] == 0
 
 
 @every_case
@@ -284,7 +333,7 @@ def run(case: Case, module: Any, params: Any, rows: mx.array) -> dict[str, Float
 def run_float64(case: Case, params: Any, rows: mx.array) -> dict[str, Float64]:
     """The same in float64, each leaf's own rule iterated on its own results.
 
-    Those are free of rounding, but for parameters of a half type, which every step rounds once.
+    Every step rounds those once, to what is stored.
     """
     rate = mx.array(LEARNING_RATE).item()
     arrays = {}
@@ -296,9 +345,8 @@ def run_float64(case: Case, params: Any, rows: mx.array) -> dict[str, Float64]:
         for path, g in leaves(split_like(params, row)).items():
             leaf = {**arrays[path], "g": to_float64(g)}
             terms = RULES[case.rule](leaf, rate, t, **case.arguments)
-            arrays[path] = {name: total(value) for name, value in terms.items()}
-            if dtypes[path] != mx.float32:
-                arrays[path]["p"] = rounded(arrays[path]["p"], dtypes[path])
+            stored = {name: dtypes[path] if name == "p" else mx.float32 for name in terms}
+            arrays[path] = {name: rounded(total(terms[name]), stored[name]) for name in terms}
     result = {f"params.{path}": leaf["p"] for path, leaf in arrays.items()}
     for path, leaf in arrays.items():
         result |= {f"state.{path}.{slot}": leaf[slot] for slot in case.slots}
@@ -324,9 +372,11 @@ def test_a_thousand_steps_follow_mlx_and_float64(case: Case) -> None:
     starts = {f"params.{path}": to_float64(p) for path, p in leaves(params).items()}
     for path, expected in exact.items():
         start = starts.get(path, 0.0)
-        assert relative_distance(ours[path], theirs[path], start) <= 1e-5, path
-        # A thousand roundings, half an ulp each and of either sign.
-        assert relative_distance(ours[path], expected, start) <= 2e-6, path
+        # MLX rounds a weight once more when it decays, and steps of one size are rounded alike.
+        assert relative_distance(ours[path], theirs[path], start) <= 2e-5, path
+        # A thousand roundings of either sign, and that of 0.999: float32 holds it 1.3e-8 too large,
+        # which moves v by 5e-6 in a thousand steps, and MLX's as much.
+        assert relative_distance(ours[path], expected, start) <= 6e-6, path
 
 
 @pytest.mark.parametrize(
@@ -339,6 +389,10 @@ def test_a_thousand_steps_of_half_parameters_round_each_once(case: Case, dtype: 
     ours = run(case, flatstep, params, rows)
     exact = run_float64(case, params, rows)
     starts = {f"params.{path}": to_float64(p) for path, p in leaves(params).items()}
+    # A sum within its bound of the middle of two numbers may be rounded to either. Chance gives so
+    # many of the steps, each an ulp of the weight; one more for what is not the mean.
+    spacing = mx.finfo(dtype).eps
+    either = 1 + STEPS * 2 * PARAMETER_ULPS * mx.finfo(mx.float32).eps / spacing
     for path, expected in exact.items():
-        # A sum that lies in the middle of two numbers may be rounded to either.
-        assert relative_distance(ours[path], expected, starts.get(path, 0.0)) <= ulp(1.0, dtype)
+        distance = relative_distance(ours[path], expected, starts.get(path, 0.0))
+        assert distance <= either * spacing, path

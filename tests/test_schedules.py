@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ import mlx.core as mx
 import mlx.optimizers
 import numpy as np
 import pytest
+from flatstep.diagnosis.cases import build_schedule as build
 from reference import schedule_value, to_float64, ulp
 
 # A schedule is written (name, *arguments): the same row builds ours, MLX's and the reference.
@@ -93,16 +93,6 @@ def spec_id(spec: Spec) -> str:
         schedules, boundaries = arguments
         return f"join({'; '.join(map(spec_id, schedules))} at {boundaries})"
     return f"{name}{tuple(arguments)}"
-
-
-def build(module: Any, spec: Spec) -> Callable[[Any], Any]:
-    """The schedule that a spec names, from flatstep or from mlx.optimizers."""
-    if callable(spec):
-        return spec
-    name, *arguments = spec
-    if name == "join_schedules":
-        arguments[0] = [build(module, schedule) for schedule in arguments[0]]
-    return getattr(module, name)(*arguments)
 
 
 def largest_value(spec: Spec) -> float:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.optimizers
 import numpy as np
 import pytest
-from cases import Case, random_tree
+from cases import FULLEST, Case, random_tree
 from models import assert_trees_equal, every_rule
 from shadow import Run, Shadow, assert_it_goes_on, bits, copied, fails, replaced, train
 
@@ -52,13 +52,22 @@ def numbered(items: Any) -> dict[str, Any]:
     return {str(i): item for i, item in enumerate(items)}
 
 
+# A name, what is done to a state, and the error: its type, and what it says.
+Misfit = tuple[str, Callable[[Any], Any], type[Exception], tuple[str, ...]]
+
+
+def for_every_rule(misfits: Callable[[str], list[Misfit]]) -> pytest.MarkDecorator:
+    """All misfits, of one of the arrays that a rule keeps, for each rule."""
+    rows = [(case, *row) for case in FULLEST for row in misfits(case.slots[-1])]
+    return pytest.mark.parametrize(
+        ("case", "change", "exception", "parts"),
+        [(case, change, exception, parts) for case, _, change, exception, parts in rows],
+        ids=[f"{case.rule}-{name}" for case, name, *_ in rows],
+    )
+
+
 # Plain trees that somebody loads. Whether they fit can only be known when parameters come.
-BAD_STATES: list[tuple[str, Callable[[Any], Any], type[Exception], tuple[str, ...]]] = [
-    ("shape", state_with(f"{WEIGHT}.v", mx.ones((4, 8))), ValueError, (WEIGHT, "(4, 8)", "(8, 4)")),
-    ("flat", state_with(f"{WEIGHT}.v", mx.ones((32,))), ValueError, (WEIGHT, "(32,)", "(8, 4)")),
-    ("integers", state_with("w.v", mx.ones((3, 4), mx.int32)), TypeError, ("w.v", "int32")),
-    ("NumPy", state_with("w.v", np.ones((3, 4))), TypeError, ("w.v", "ndarray")),
-    ("None", state_with("w.v", None), TypeError, ("w.v", "NoneType")),
+BAD_STATES: list[Misfit] = [
     ("array for slots", lambda state: {**state, "w": ONES}, ValueError, ("w", "dict", "array")),
     ("a list for a dict", lambda state: {**state, "w": [ONES]}, ValueError, ("w", "dict", "list")),
     ("no slots", lambda state: {**state, "w": None}, ValueError, ("w: ", "None", "{}")),
@@ -109,12 +118,22 @@ BAD_STATES: list[tuple[str, Callable[[Any], Any], type[Exception], tuple[str, ..
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil", "exception", "parts"), BAD_STATES)
-@every_rule
+def bad_states(slot: str) -> list[Misfit]:
+    weight, w = f"{WEIGHT}.{slot}", f"w.{slot}"
+    return [
+        ("shape", state_with(weight, mx.ones((4, 8))), ValueError, (WEIGHT, "(4, 8)", "(8, 4)")),
+        ("flat", state_with(weight, mx.ones((32,))), ValueError, (WEIGHT, "(32,)", "(8, 4)")),
+        ("integers", state_with(w, mx.ones((3, 4), mx.int32)), TypeError, (w, "int32")),
+        ("NumPy", state_with(w, np.ones((3, 4))), TypeError, (w, "ndarray")),
+        ("None", state_with(w, None), TypeError, (w, "NoneType")),
+        *BAD_STATES,
+    ]
+
+
+@for_every_rule(bad_states)
 def test_a_state_that_does_not_fit_is_named(
     case: Case,
-    name: str,
-    spoil: Callable[[Any], Any],
+    change: Callable[[Any], Any],
     exception: type[Exception],
     parts: tuple[str, ...],
 ) -> None:
@@ -123,7 +142,7 @@ def test_a_state_that_does_not_fit_is_named(
     before = bits(run.params)
 
     def load_and_step() -> None:
-        run.optimizer.state = spoil(good)
+        run.optimizer.state = change(good)
         run.apply(new_tree(4), run.params)
 
     fails(load_and_step, exception, *parts)
@@ -167,7 +186,7 @@ def test_what_half_a_state_lacks_starts_at_zero(case: Case) -> None:
     assert_trees_equal(resumed.state, expected.state)
 
 
-def assignments() -> list[tuple[str, Callable[[Any], Any], type[Exception], tuple[str, ...]]]:
+def assignments(slot: str) -> list[Misfit]:
     def leaf(state: Any) -> Any:
         return state["layers"][0]["weight"]
 
@@ -175,18 +194,18 @@ def assignments() -> list[tuple[str, Callable[[Any], Any], type[Exception], tupl
         node[key] = value
 
     return [
-        ("shape", lambda s: assign(leaf(s), "v", mx.ones((4, 8))), ValueError, (WEIGHT, "(4, 8)")),
-        ("dtype", lambda s: assign(leaf(s), "v", ONES.astype(mx.int8)), TypeError, ("v", "int8")),
-        ("string", lambda s: assign(leaf(s), "v", "ones"), TypeError, (f"{WEIGHT}.v", "str")),
-        ("None", lambda s: assign(leaf(s), "v", None), TypeError, (f"{WEIGHT}.v", "None")),
-        ("slot", lambda s: assign(leaf(s), "u", ONES), ValueError, (f"{WEIGHT}.u", "v")),
-        ("name", lambda s: assign(s["layers"][0], "other", {"v": ONES}), ValueError, ("other",)),
+        ("shape", lambda s: assign(leaf(s), slot, mx.ones((4, 8))), ValueError, (WEIGHT, "(4, 8)")),
+        ("dtype", lambda s: assign(leaf(s), slot, ONES.astype(mx.int8)), TypeError, (slot, "int8")),
+        ("string", lambda s: assign(leaf(s), slot, "ones"), TypeError, (f"{WEIGHT}.{slot}", "str")),
+        ("None", lambda s: assign(leaf(s), slot, None), TypeError, (f"{WEIGHT}.{slot}", "None")),
+        ("slot", lambda s: assign(leaf(s), "u", ONES), ValueError, (f"{WEIGHT}.u", slot)),
+        ("name", lambda s: assign(s["layers"][0], "other", {slot: ONES}), ValueError, ("other",)),
         ("number for slots", lambda s: assign(s, "w", 3), ValueError, ("w", "dict", "3")),
         ("number in a list", lambda s: assign(s["layers"], 0, 3), ValueError, ("layers.0", "3")),
         ("short list", lambda s: assign(s, "layers", [{}]), ValueError, ("layers", "1", "2")),
         (
             "half",
-            lambda s: assign(s, "w", {"v": mx.ones((3, 4)), "u": 1}),
+            lambda s: assign(s, "w", {slot: mx.ones((3, 4)), "u": 1}),
             ValueError,
             ("w: ", "u"),
         ),
@@ -220,19 +239,17 @@ def assignments() -> list[tuple[str, Callable[[Any], Any], type[Exception], tupl
         ("times", lambda s: s["layers"].__imul__(2), ValueError, ("layers", "assign {}")),
         ("delete an item", lambda s: s["layers"].__delitem__(0), ValueError, ("assign {}",)),
         ("short slice", lambda s: assign(s["layers"], slice(0, 2), [{}]), ValueError, ("layers",)),
-        ("delete", lambda s: leaf(s).pop("v"), ValueError, (WEIGHT, "assign {}")),
+        ("delete", lambda s: leaf(s).pop(slot), ValueError, (WEIGHT, "assign {}")),
     ]
 
 
-@pytest.mark.parametrize(("name", "assign", "exception", "parts"), assignments())
-@every_rule
+@for_every_rule(assignments)
 def test_a_bad_assignment_to_the_state_changes_nothing(
     case: Case,
-    name: str,
-    assign: Callable[[Any], Any],
+    change: Callable[[Any], Any],
     exception: type[Exception],
     parts: tuple[str, ...],
 ) -> None:
     run, shadow = trained(case)
-    fails(lambda: assign(run.optimizer.state), exception, *parts)
+    fails(lambda: change(run.optimizer.state), exception, *parts)
     assert_it_goes_on(run, shadow, new_tree)

@@ -15,8 +15,8 @@ namespace flatstep {
 // Throws std::invalid_argument when this build can't run on `device`.
 void require_backend(mx::Device device);
 
-// Whether an update on this device keeps the operands that its primitive holds until it has run.
-// MLX keeps only the inputs of a node.
+// Whether an update on this device keeps the operands that its primitive holds until it has run
+// (MLX keeps only the inputs of a node), and prepares its constants itself.
 bool holds_operands(mx::Device device);
 
 // Whether work on the CPU may wait for all that is queued on its stream. With a GPU in the machine

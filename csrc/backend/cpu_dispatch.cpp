@@ -1,7 +1,8 @@
-#include "backend/cpu_dispatch.h"
-
+// Which instruction set's loops run.
 #include <atomic>
 #include <stdexcept>
+
+#include "backend/cpu_loops.h"
 
 namespace flatstep {
 
@@ -21,15 +22,12 @@ std::vector<const CpuLoops*> available() {
   return loops;
 }
 
-std::atomic<const CpuLoops*>& chosen() {
-  static std::atomic<const CpuLoops*> loops{available().back()};
-  return loops;
-}
+std::atomic<const CpuLoops*> chosen{available().back()};
 
 }  // namespace
 
 const CpuLoops& cpu_loops() {
-  return *chosen();
+  return *chosen.load();
 }
 
 std::vector<std::string> available_cpu_loops() {
@@ -43,7 +41,7 @@ std::vector<std::string> available_cpu_loops() {
 void set_cpu_loops(const std::string& name) {
   for (const CpuLoops* loops : available()) {
     if (name == loops->name) {
-      chosen() = loops;
+      chosen = loops;
       return;
     }
   }

@@ -1,45 +1,37 @@
-// The innermost loops, compiled once for each instruction set and chosen at run time.
+// The innermost loops, compiled once for each instruction set and chosen at run time: for each rule
+// one over a block of float32 state and of parameters and gradients in one storage, and for each
+// storage a load and a store of a block.
 //
-// They work on a block at a time, of float32 state and of parameters and gradients of one dtype.
 // All instruction sets give the same bits: the loops are the same text, without contraction of a *
 // b + c.
 #pragma once
 
+#include <array>
 #include <cstddef>
-#include <cstdint>
+#include <string>
+#include <vector>
 
-#include "rules.h"
+#include "tables.h"
 
 namespace flatstep {
 
 // A block of each array. An output may be the very array of its input.
 struct BlockArrays {
-  const void* g;     // of the loops' dtype
-  const void* p_in;  // of the loops' dtype
-  const float* m_in;
-  const float* v_in;
-  void* p_out;  // of the loops' dtype
-  float* m_out;
-  float* v_out;
-};
-
-// The loops for parameters and gradients of one dtype.
-struct UpdateLoops {
-  void (*adam)(const AdamStep&, const BlockArrays&, size_t n);
-  // Indexed by has_weight_decay + 2 (has_momentum + nesterov), the latter not without the former.
-  void (*sgd[6])(const SgdStep&, const BlockArrays&, size_t n);
+  const void* g;  // of the loop's storage, as are the next two
+  const void* p_in;
+  void* p_out;
+  const float* state_in[kMaxStates];
+  float* state_out[kMaxStates];
 };
 
 struct CpuLoops {
   const char* name;
-  UpdateLoops float32;
-  UpdateLoops half_in_float32;  // for half-precision parameters, all converted to float32
-  UpdateLoops float16;
-  UpdateLoops bfloat16;
-  void (*load_float16)(const uint16_t* in, float* out, size_t n);
-  void (*load_bfloat16)(const uint16_t* in, float* out, size_t n);
-  void (*store_float16)(const float* in, uint16_t* out, size_t n);
-  void (*store_bfloat16)(const float* in, uint16_t* out, size_t n);
+  // `first` is the key of the first parameter that is stored; the others follow.
+  using Update =
+      void (*)(const Constants& constants, const BlockArrays& arrays, size_t n, RoundingKey first);
+  std::array<Update, kNumStorages> update[kNumRules];
+  void (*load[kNumStorages])(const void* in, float* out, size_t n);
+  void (*store[kNumStorages])(const float* in, void* out, size_t n, RoundingKey first);
 };
 
 extern const CpuLoops baseline_loops;
@@ -47,5 +39,14 @@ extern const CpuLoops baseline_loops;
 extern const CpuLoops avx2_loops;
 extern const CpuLoops avx512_loops;
 #endif
+
+// The fastest that this processor has, unless `set_cpu_loops` chose another.
+const CpuLoops& cpu_loops();
+
+// Names of those that this processor can run, slowest first.
+std::vector<std::string> available_cpu_loops();
+
+// Throws std::invalid_argument for a name that is not available.
+void set_cpu_loops(const std::string& name);
 
 }  // namespace flatstep

@@ -1,5 +1,7 @@
 #include "backend/floor.h"
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 
 #include "backend/thread_pool.h"
@@ -8,48 +10,39 @@ namespace flatstep {
 
 namespace mx = mlx::core;
 
+namespace {
+
 // As in an update.
 constexpr size_t kGrain = size_t(1) << 12;
 
+template <size_t N>
+void add_to(const std::vector<float*>& data, size_t begin, size_t end) {
+  const float* g = data[0];
+  std::array<float*, N> to;
+  std::copy_n(data.begin() + 1, N, to.begin());
+  for (size_t i = begin; i < end; ++i) {
+    float x = g[i];
+    for (float* array : to) {
+      array[i] += x;
+    }
+  }
+}
+
+}  // namespace
+
 void floor_pass(mx::array& p, const mx::array& g, std::vector<mx::array>& state) {
-  size_t n = p.size();
-  for (const mx::array* a : {static_cast<const mx::array*>(&p), &g}) {
-    if (a->dtype() != mx::float32 || a->size() != n || !a->flags().row_contiguous) {
+  constexpr std::array passes{add_to<1>, add_to<2>, add_to<3>};
+  std::vector<mx::array> arrays{g, p};
+  arrays.insert(arrays.end(), state.begin(), state.end());
+  std::vector<float*> data;
+  for (mx::array& a : arrays) {
+    if (a.dtype() != mx::float32 || a.size() != g.size() || !a.flags().row_contiguous) {
       throw std::invalid_argument("[floor_pass] arrays should be contiguous float32 of one size.");
     }
+    data.push_back(a.data<float>());
   }
-  std::vector<float*> slots;
-  for (auto& slot : state) {
-    if (slot.dtype() != mx::float32 || slot.size() != n || !slot.flags().row_contiguous) {
-      throw std::invalid_argument("[floor_pass] arrays should be contiguous float32 of one size.");
-    }
-    slots.push_back(slot.data<float>());
-  }
-  float* p_data = p.data<float>();
-  const float* g_data = g.data<float>();
-  parallel_for(n, kGrain, [&](size_t begin, size_t end) {
-    if (slots.size() == 2) {
-      float* m = slots[0];
-      float* v = slots[1];
-      for (size_t i = begin; i < end; ++i) {
-        float x = g_data[i];
-        p_data[i] += x;
-        m[i] += x;
-        v[i] += x;
-      }
-    } else if (slots.size() == 1) {
-      float* v = slots[0];
-      for (size_t i = begin; i < end; ++i) {
-        float x = g_data[i];
-        p_data[i] += x;
-        v[i] += x;
-      }
-    } else {
-      for (size_t i = begin; i < end; ++i) {
-        p_data[i] += g_data[i];
-      }
-    }
-  });
+  auto pass = passes.at(state.size());
+  parallel_for(g.size(), kGrain, [&](size_t begin, size_t end) { pass(data, begin, end); });
 }
 
 }  // namespace flatstep

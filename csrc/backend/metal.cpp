@@ -1,15 +1,17 @@
 // The GPU backend for Apple's Metal: which kernels a step of a bucket dispatches, on what.
 //
-// Parameters and state are flat, so each is one buffer; gradients, and parameters that do not lie
-// flat yet, are bound some twenty to a dispatch. Dispatches write disjoint parts of the flat
-// arrays, so they stand in one concurrent block, where MLX puts no barrier between them.
+// Parameters and state are flat, so each is one buffer. Flat gradients are one too; others, and
+// parameters that do not lie flat yet, are bound some twenty to a dispatch. Dispatches write
+// disjoint parts of the flat arrays, so they stand in one concurrent block, where MLX puts no
+// barrier between them.
 #include <algorithm>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "allocate.h"
 #include "backend/backend.h"
 #include "backend/metal_dispatch.h"
-#include "backend/metal_source.h"
 #include "mlx/backend/metal/device.h"
 
 namespace flatstep {
@@ -20,108 +22,72 @@ namespace metal = mx::metal;
 
 // ---- Kernels: compiled when first asked for, and kept by MLX. ----
 
-std::string metal_type(mx::Dtype dtype) {
-  switch (dtype.val()) {
-    case mx::Dtype::Val::float16:
-      return "half";
-    case mx::Dtype::Val::bfloat16:
-      return "bfloat";
-    default:
-      return "float";
-  }
-}
+static_assert(sizeof(Constants) == FLATSTEP_RULE_WORDS * sizeof(uint32_t));
+static_assert(sizeof(Hyperparameters) == FLATSTEP_HYPERPARAMETER_WORDS * sizeof(uint32_t));
 
-std::string metal_rule(const Rule& rule) {
-  if (rule.kind == RuleKind::adam) {
-    return "Adam";
-  }
-  auto text = [](bool x) { return std::string(x ? "true" : "false"); };
-  return "Sgd<" + text(rule.has_weight_decay) + ", " + text(rule.has_momentum) + ", " +
-         text(rule.values.nesterov) + ">";
+MTL::ComputePipelineState* kernel_for(
+    metal::Device& device, const std::string& function, const std::string& arguments) {
+  std::string instance = function + ", " + arguments;
+  auto* library = device.get_library("flatstep " + instance, [&] {
+    return kMetalSource + ("FLATSTEP_INSTANTIATE(\"" + function + "\", " + instance + ")\n");
+  });
+  return device.get_kernel(function, library);
 }
 
 MTL::ComputePipelineState* update_kernel(
     metal::Device& device,
     const std::string& rule,
-    const std::vector<mx::Dtype>& dtypes,  // of p, m and v
-    bool has_tiles) {
-  std::string arguments = rule;
-  for (mx::Dtype dtype : dtypes) {
-    arguments += ", " + metal_type(dtype);
+    bool has_tiles,
+    const std::vector<mx::array>& flat) {  // p and the state
+  std::string arguments = rule + (has_tiles ? ", true" : ", false");
+  for (size_t k = 0; k <= kMaxStates; ++k) {
+    // What a rule does not have is never looked at.
+    const mx::array& a = flat[std::min(k, flat.size() - 1)];
+    arguments += std::string(", ") + traits_of(storage_of(a.dtype())).type;
   }
-  arguments += has_tiles ? ", true" : ", false";
-  auto* library = device.get_library("flatstep update " + arguments, [&arguments] {
-    return kMetalSource + ("FLATSTEP_INSTANTIATE(\"update\", " + arguments + ")\n");
-  });
-  return device.get_kernel("update", library);
-}
-
-MTL::ComputePipelineState* advance_kernel(metal::Device& device) {
-  auto* library = device.get_library("flatstep advance", [] { return std::string(kMetalSource); });
-  return device.get_kernel("advance", library);
-}
-
-MTL::Size threads_for(MTL::ComputePipelineState* kernel) {
-  size_t most = kernel->maxTotalThreadsPerThreadgroup();
-  return MTL::Size(std::min<size_t>(most, FLATSTEP_THREADS), 1, 1);
+  return kernel_for(device, "update", arguments);
 }
 
 // ---- A dispatch. ----
 
-// The flat arrays that the update kernel works on. Those that a rule does not have are null.
+// The arrays that the update kernel works on besides the sources. Those that a rule does not have
+// are null.
 struct FlatBuffers {
-  const mx::array* p_in;
-  mx::array* p_out;
-  mx::array* m{nullptr};
-  mx::array* v{nullptr};
-  const mx::array* step{nullptr};
-  const mx::array* learning_rate{nullptr};
+  const mx::array* p_in{nullptr};
+  mx::array* p_out{nullptr};
+  mx::array* state[kMaxStates]{};
+  const mx::array* constants{nullptr};
 };
 
-// Every index that a kernel declares is bound; this takes the place of what it will not look at.
-void bind_spare(metal::CommandEncoder& encoder, const FlatBuffers& flat, int index) {
-  encoder.set_output_array(*flat.p_out, index);
-}
-
-void bind_input(
-    metal::CommandEncoder& encoder, const FlatBuffers& flat, const mx::array* a, int index) {
-  if (a) {
-    encoder.set_input_array(*a, index);
-  } else {
-    bind_spare(encoder, flat, index);
-  }
-}
-
-void bind_output(metal::CommandEncoder& encoder, const FlatBuffers& flat, mx::array* a, int index) {
-  if (a) {
-    encoder.set_output_array(*a, index);
-  } else {
-    bind_spare(encoder, flat, index);
-  }
-}
-
-void encode(
+void encode_dispatch(
     metal::CommandEncoder& encoder,
     MTL::ComputePipelineState* kernel,
     const FlatBuffers& flat,
-    const StepArguments& arguments,
     const Dispatch& dispatch) {
+  // Every index that a kernel declares is bound; the parameters take the place of what it will not
+  // look at.
+  auto bind_input = [&](const mx::array* a, int index) {
+    encoder.set_input_array(a ? *a : *flat.p_out, index);
+  };
   encoder.set_compute_pipeline_state(kernel);
-  bind_input(encoder, flat, flat.p_in, FLATSTEP_P_IN);
-  bind_output(encoder, flat, flat.p_out, FLATSTEP_P_OUT);
-  bind_output(encoder, flat, flat.m, FLATSTEP_M);
-  bind_output(encoder, flat, flat.v, FLATSTEP_V);
-  bind_input(encoder, flat, flat.step, FLATSTEP_STEP);
-  bind_input(encoder, flat, flat.learning_rate, FLATSTEP_LEARNING_RATE);
-  encoder.set_bytes(arguments, FLATSTEP_CONSTANTS);
+  bind_input(flat.p_in, FLATSTEP_P_IN);
+  encoder.set_output_array(*flat.p_out, FLATSTEP_P_OUT);
+  for (size_t k = 0; k < kMaxStates; ++k) {
+    mx::array* state = flat.state[k];
+    encoder.set_output_array(state ? *state : *flat.p_out, FLATSTEP_STATE + static_cast<int>(k));
+  }
+  bind_input(flat.constants, FLATSTEP_CONSTANTS);
   encoder.set_bytes(dispatch.arguments, FLATSTEP_DISPATCH);
   encoder.set_vector_bytes(dispatch.segments, FLATSTEP_SEGMENTS);
   encoder.set_vector_bytes(dispatch.dimensions, FLATSTEP_DIMENSIONS);
   for (size_t k = 0; k < FLATSTEP_MAX_SOURCES; ++k) {
     int index = FLATSTEP_FIRST_SOURCE + static_cast<int>(k);
-    bind_input(encoder, flat, k < dispatch.sources.size() ? dispatch.sources[k] : nullptr, index);
+    bind_input(k < dispatch.sources.size() ? dispatch.sources[k] : nullptr, index);
   }
-  encoder.dispatch_threadgroups(MTL::Size(dispatch.num_groups, 1, 1), threads_for(kernel));
+  size_t most = kernel->maxTotalThreadsPerThreadgroup();
+  encoder.dispatch_threadgroups(
+      MTL::Size(dispatch.num_groups, 1, 1),
+      MTL::Size(std::min<size_t>(most, FLATSTEP_THREADS), 1, 1));
 }
 
 // ---- A step of a bucket. ----
@@ -132,26 +98,27 @@ class Pass {
   Pass(
       metal::Device& device,
       const std::string& rule,
-      const std::vector<mx::Dtype>& dtypes,  // of p, m and v
+      const std::vector<mx::array>& flat,  // p and the state
       const std::vector<Source>& sources)
       : dispatches_(make_dispatches(sources)) {
     for (const Dispatch& dispatch : dispatches_) {
       auto*& kernel = kernels_[dispatch.has_tiles];
       if (!kernel) {
-        kernel = update_kernel(device, rule, dtypes, dispatch.has_tiles);
+        kernel = update_kernel(device, rule, dispatch.has_tiles, flat);
       }
     }
   }
 
-  void encode_all(
-      metal::CommandEncoder& encoder,
-      const FlatBuffers& flat,
-      const StepArguments& arguments) const {
+  void encode(metal::CommandEncoder& encoder) {
     auto concurrent = encoder.start_concurrent();
-    for (const Dispatch& dispatch : dispatches_) {
-      encode(encoder, kernels_[dispatch.has_tiles], flat, arguments, dispatch);
+    for (Dispatch& dispatch : dispatches_) {
+      dispatch.arguments.p_in_place =
+          flat.p_in && flat.p_in->buffer().ptr() == flat.p_out->buffer().ptr();
+      encode_dispatch(encoder, kernels_[dispatch.has_tiles], flat, dispatch);
     }
   }
+
+  FlatBuffers flat{};
 
  private:
   std::vector<Dispatch> dispatches_;
@@ -159,22 +126,11 @@ class Pass {
 };
 
 // Writes arrays that lie apart, or do not start where a flat array may, into a flat one.
-class Copy {
- public:
-  Copy(metal::Device& device, const std::vector<Source>& sources, mx::array& out)
-      : pass_(device, "Copy", {out.dtype(), mx::float32, mx::float32}, sources), out_(out) {
-  }
-
-  void encode(metal::CommandEncoder& encoder) const {
-    StepArguments arguments{};
-    arguments.schedule.num_pieces = 1;  // a constant, so that no learning rate is read
-    pass_.encode_all(encoder, FlatBuffers{nullptr, &out_}, arguments);
-  }
-
- private:
-  Pass pass_;
-  mx::array& out_;
-};
+Pass make_copy(metal::Device& device, const std::vector<Source>& sources, mx::array& out) {
+  Pass copy(device, "Copy", {out}, sources);
+  copy.flat.p_out = &out;
+  return copy;
+}
 
 // One bucket's step on its way into the command buffer. All that can fail, a kernel that does not
 // compile above all, is done before anything is encoded.
@@ -188,86 +144,68 @@ class UpdateEncoder {
         device_(metal::device(update.stream().device)),
         pass_(
             device_,
-            metal_rule(update.rule()),
-            stored_dtypes(),
-            leaves(update.first_gradient_operand(), [](size_t) { return false; })) {
+            update.rule().traits().type,
+            outputs,
+            leaves(Operand::gradients, update.has_flat_gradients())) {
   }
 
   // Called once the outputs have their memory.
   void run(bool p_in_place) {
-    std::vector<Copy> copies = make_copies(p_in_place);
-    auto& encoder = metal::get_command_encoder(update_.stream());
-    for (const Copy& copy : copies) {
-      copy.encode(encoder);
+    std::vector<Pass> passes = make_copies(p_in_place);
+    pass_.flat.p_out = &outputs_[0];
+    for (size_t k = 0; k < update_.num_states(); ++k) {
+      pass_.flat.state[k] = &outputs_[1 + k];
     }
-    encode_update(encoder);
+    pass_.flat.constants = operand(Operand::constants);
+    passes.push_back(std::move(pass_));
+    auto& encoder = metal::get_command_encoder(update_.stream());
+    for (Pass& pass : passes) {
+      pass.encode(encoder);
+    }
   }
 
  private:
-  std::vector<Copy> make_copies(bool p_in_place) {
-    std::vector<Copy> copies;
-    for (size_t k = 0; k < update_.num_slots(); ++k) {
-      const mx::array& state = operand(update_.first_state_operand() + k);
+  std::vector<Pass> make_copies(bool p_in_place) {
+    std::vector<Pass> copies;
+    for (size_t k = 0; k < update_.num_states(); ++k) {
+      const mx::array* state = operand(state_operand(k));
       mx::array& out = outputs_[1 + k];
-      if (out.data_shared_ptr() != state.data_shared_ptr()) {
+      if (out.data_shared_ptr() != state->data_shared_ptr()) {
         // Whole, gaps and leaves without a gradient included.
-        copies.emplace_back(device_, std::vector<Source>{{&state, out.size(), 0, 0}}, out);
+        copies.push_back(make_copy(device_, {{.array = state, .size = out.size()}}, out));
       }
     }
-    p_in_ = &operand(update_.first_parameter_operand());
+    pass_.flat.p_in = operand(Operand::parameters);
     if (update_.has_flat_parameters()) {
       return copies;
     }
-    Home home(*update_.plan_ptr(), p_in_);
+    Home home(*update_.plan_ptr(), pass_.flat.p_in);
     if (!home.has_all()) {
       // Those that lie in what is written in place are where they belong.
-      auto is_there = [&](size_t i) { return p_in_place && home.has(i); };
-      auto sources = leaves(update_.first_parameter_operand(), is_there);
-      copies.emplace_back(device_, sources, outputs_[0]);
-      p_in_ = &outputs_[0];
+      auto apart = leaves(Operand::parameters, false, p_in_place ? &home : nullptr);
+      copies.push_back(make_copy(device_, apart, outputs_[0]));
+      pass_.flat.p_in = &outputs_[0];
     }
     return copies;
   }
 
-  void encode_update(metal::CommandEncoder& encoder) {
-    FlatBuffers flat{p_in_, &outputs_[0]};
-    flat.m = update_.num_slots() == 2 ? &outputs_[1] : nullptr;
-    flat.v = update_.num_slots() > 0 ? &outputs_.back() : nullptr;
-    flat.step = update_.reads_step() ? &operand(0) : nullptr;
-    flat.learning_rate = update_.schedule() ? nullptr : &operand(update_.learning_rate_operand());
-
-    StepArguments arguments{};
-    arguments.hyperparameters = update_.rule().values;
-    arguments.reads_step = update_.reads_step();
-    arguments.p_in_place = p_in_->buffer().ptr() == outputs_[0].buffer().ptr();
-    if (update_.schedule()) {
-      arguments.schedule = *update_.schedule();
-    }
-    pass_.encode_all(encoder, flat, arguments);
+  const mx::array* operand(Operand which) const {
+    return update_.operands().get(which, inputs_);
   }
 
-  const mx::array& operand(size_t i) const {
-    return update_.operand(inputs_, i);
-  }
-
-  // The operands from `first` on, an array for each segment that is not to be skipped.
-  template <typename Skip>
-  std::vector<Source> leaves(size_t first, Skip&& skip) const {
+  // The segments' parts of an operand, an array for each or a flat one, besides those at home.
+  std::vector<Source> leaves(Operand which, bool is_flat, const Home* home = nullptr) const {
+    const mx::array* first = operand(which);
     std::vector<Source> sources;
     for (size_t i = 0; i < update_.num_segments(); ++i) {
       const Segment& s = update_.plan_ptr()->segments[i];
-      if (!skip(i)) {
-        sources.push_back({&operand(first + i), s.size, s.p_offset, s.state_offset});
+      if (!home || !home->has(i)) {
+        const mx::array* array = is_flat ? first : first + i;
+        size_t begin = is_flat ? s.p_offset : 0;
+        sources.push_back({array, begin, s.size, s.p_offset, s.state_offset, s.group});
       }
     }
     return sources;
-  }
-
-  // Of p, m and v; a rule without one of these has no loads of it.
-  std::vector<mx::Dtype> stored_dtypes() const {
-    mx::Dtype m = update_.num_slots() == 2 ? outputs_[1].dtype() : mx::float32;
-    mx::Dtype v = update_.num_slots() > 0 ? outputs_.back().dtype() : mx::float32;
-    return {outputs_[0].dtype(), m, v};
   }
 
   FusedUpdate& update_;
@@ -275,7 +213,6 @@ class UpdateEncoder {
   std::vector<mx::array>& outputs_;
   metal::Device& device_;
   Pass pass_;
-  const mx::array* p_in_{nullptr};
 };
 
 }  // namespace
@@ -297,21 +234,32 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx:
 void View::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   auto& device = metal::device(stream().device);
   for (auto& [i, part] : place_outputs(inputs[0], outputs)) {
-    flatstep::Copy copy(device, {{&part, outputs[i].size(), 0, 0}}, outputs[i]);
+    Pass copy = make_copy(device, {{.array = &part, .size = outputs[i].size()}}, outputs[i]);
     copy.encode(metal::get_command_encoder(stream()));
   }
 }
 
 void Advance::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto* kernel = advance_kernel(metal::device(stream().device));
+  const auto& groups = rule().groups();
+  if (groups.size() * sizeof(Hyperparameters) > 4096) {  // what Metal's setBytes takes
+    throw std::runtime_error("[flatstep] too many groups of parameters for the GPU.");
+  }
+  auto* kernel = kernel_for(metal::device(stream().device), "advance", rule().traits().type);
   allocate_all(outputs);
   auto& encoder = metal::get_command_encoder(stream());
   encoder.set_compute_pipeline_state(kernel);
-  encoder.set_input_array(inputs[0], 0);
-  encoder.set_output_array(outputs[0], 1);
-  encoder.set_output_array(outputs.back(), 2);
-  encoder.set_bytes(schedule() ? *schedule() : Schedule{}, 3);
-  encoder.dispatch_threads(MTL::Size(1, 1, 1), MTL::Size(1, 1, 1));
+  encoder.set_input_array(inputs[0], FLATSTEP_ADVANCE_STEP);
+  encoder.set_output_array(outputs[0], FLATSTEP_ADVANCE_NEXT_STEP);
+  if (schedule()) {
+    encoder.set_output_array(outputs[1], FLATSTEP_ADVANCE_LEARNING_RATE);
+  } else {
+    encoder.set_input_array(inputs[1], FLATSTEP_ADVANCE_LEARNING_RATE);
+  }
+  encoder.set_output_array(outputs.back(), FLATSTEP_ADVANCE_CONSTANTS);
+  encoder.set_bytes(schedule() ? *schedule() : Schedule{}, FLATSTEP_ADVANCE_SCHEDULE);
+  encoder.set_vector_bytes(groups, FLATSTEP_ADVANCE_HYPERPARAMETERS);
+  MTL::Size threads(groups.size(), 1, 1);
+  encoder.dispatch_threads(threads, threads);
 }
 
 }  // namespace flatstep

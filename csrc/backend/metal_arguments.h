@@ -4,15 +4,13 @@
 
 #include "../rules.h"
 #include "../schedule.h"
+#include "../storage.h"
 
 // Metal binds at most 31 buffers to a kernel: twenty for arrays that lie apart, the rest as below.
 #define FLATSTEP_MAX_SOURCES 20
 #define FLATSTEP_P_IN 0
 #define FLATSTEP_P_OUT 1
-#define FLATSTEP_M 2
-#define FLATSTEP_V 3
-#define FLATSTEP_STEP 4
-#define FLATSTEP_LEARNING_RATE 5
+#define FLATSTEP_STATE 2  // and the three that follow
 #define FLATSTEP_CONSTANTS 6
 #define FLATSTEP_DISPATCH 7
 #define FLATSTEP_SEGMENTS 8
@@ -25,20 +23,29 @@
 #define FLATSTEP_RUN 4
 #define FLATSTEP_TILE 32
 
-namespace flatstep {
+// The constants of a group, as `advance` writes them in words of 32 bits: what a RoundingKey has,
+// the step in two and the seed, one that is not used, and the rule's.
+#define FLATSTEP_KEY_WORDS 4
+#define FLATSTEP_RULE_WORDS 16
+#define FLATSTEP_GROUP_WORDS (FLATSTEP_KEY_WORDS + FLATSTEP_RULE_WORDS)
 
-// The same for all dispatches of a bucket.
-struct StepArguments {
-  Hyperparameters hyperparameters;
-  uint32_t reads_step;  // 0: the step's array is not there to be read
-  uint32_t p_in_place;  // 1: parameters are read where they are written: Metal's compiler takes it
-                        // that two buffers do not overlap
-  Schedule schedule;    // without pieces: the learning rate's array is there to be read
-};
+// The buffers of `advance`, and the room for a group's hyperparameters.
+#define FLATSTEP_ADVANCE_STEP 0
+#define FLATSTEP_ADVANCE_NEXT_STEP 1
+#define FLATSTEP_ADVANCE_LEARNING_RATE 2
+#define FLATSTEP_ADVANCE_CONSTANTS 3
+#define FLATSTEP_ADVANCE_SCHEDULE 4
+#define FLATSTEP_ADVANCE_HYPERPARAMETERS 5
+#define FLATSTEP_HYPERPARAMETER_WORDS 32
+
+namespace flatstep {
 
 struct DispatchArguments {
   uint32_t num_segments;
   uint32_t passes;  // how often a threadgroup goes on to its next run of elements, or tile
+  // 1: parameters are read where they are written, since Metal's compiler takes it that two buffers
+  // do not overlap
+  uint32_t p_in_place;
 };
 
 enum SourceLayout {
@@ -48,19 +55,16 @@ enum SourceLayout {
   SOURCE_TILED = 3,  // the last two dimensions are transposed
 };
 
-enum SourceType {
-  SOURCE_FLOAT32 = 0,
-  SOURCE_FLOAT16 = 1,
-  SOURCE_BFLOAT16 = 2,
-};
-
-// A leaf in a dispatch: its gradient is the source with its number.
+// A leaf in a dispatch, and where its gradient lies.
 struct SourceSegment {
-  uint64_t size;
-  uint64_t p_offset;      // in elements, like all that follow
-  uint64_t state_offset;  // in m and v
-  uint32_t first_group;   // the first threadgroup that works on it
-  uint32_t source_type;
+  Step size;
+  Step p_offset;         // in elements
+  Step state_offset;     // in elements of each state array
+  Step source_offset;    // in its source, in bytes
+  uint32_t source;       // its number
+  uint32_t group;        // of parameters
+  uint32_t first_group;  // the first threadgroup that works on it
+  uint32_t storage;      // of the source, its number in the table
   uint32_t source_layout;
   uint32_t first_dimension;
   uint32_t num_dimensions;
@@ -69,17 +73,13 @@ struct SourceSegment {
 
 // Of a source that is not contiguous; neighbouring ones that one stride can walk are merged.
 struct SourceDimension {
-  uint64_t extent;
-  int64_t stride;
+  Step extent;
+  SignedStep stride;
 };
 
-static_assert(sizeof(Hyperparameters) == 88, "C++ and Metal should lay this out alike");
-static_assert(sizeof(SchedulePiece) == 64, "C++ and Metal should lay this out alike");
 static_assert(
-    sizeof(StepArguments) == 104 + 64 * FLATSTEP_MAX_SCHEDULE_PIECES,
-    "C++ and Metal should lay this out alike");
-static_assert(sizeof(StepArguments) <= 4096, "Metal's setBytes takes no more");
-static_assert(sizeof(SourceSegment) == 48, "C++ and Metal should lay this out alike");
-static_assert(sizeof(SourceDimension) == 16, "C++ and Metal should lay this out alike");
+    sizeof(Number) == 16 && sizeof(SchedulePiece) == 56 && sizeof(SourceSegment) == 64,
+    "C++ and Metal should lay these out alike");
+static_assert(sizeof(Schedule) <= 4096, "Metal's setBytes takes no more");
 
 }  // namespace flatstep

@@ -2,37 +2,27 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 #include "backend/strided.h"
+#include "tables.h"
 
 namespace flatstep {
 
 namespace {
 
 constexpr size_t kElementsPerPass = FLATSTEP_THREADS * FLATSTEP_RUN;
-// What a threadgroup prepares costs a few microseconds, so it should have work for longer; but
-// there should be more groups than a large GPU runs at once.
+// A threadgroup first finds its segment and loads its constants, so it should have work for longer;
+// but there should be more groups than a large GPU runs at once.
 constexpr size_t kMaxPasses = 16;
 constexpr size_t kManyGroups = 256;
 // What Metal's setBytes takes.
+constexpr size_t kMaxSegments = 4096 / sizeof(SourceSegment);
 constexpr size_t kMaxDimensions = 4096 / sizeof(SourceDimension);
-
-static_assert(FLATSTEP_MAX_SOURCES * sizeof(SourceSegment) <= 4096, "setBytes takes no more");
 
 size_t ceil_div(size_t a, size_t b) {
   return (a + b - 1) / b;
-}
-
-SourceType source_type(mx::Dtype dtype) {
-  switch (dtype.val()) {
-    case mx::Dtype::Val::float16:
-      return SOURCE_FLOAT16;
-    case mx::Dtype::Val::bfloat16:
-      return SOURCE_BFLOAT16;
-    default:
-      return SOURCE_FLOAT32;
-  }
 }
 
 // The tiles that cover a source whose last two dimensions are transposed, so that its rows lie side
@@ -64,9 +54,12 @@ Described describe(const Source& source) {
   segment.size = source.size;
   segment.p_offset = source.p_offset;
   segment.state_offset = source.state_offset;
-  segment.source_type = source_type(a.dtype());
+  segment.source_offset = source.first * a.itemsize();
+  segment.group = source.group;
+  segment.storage = static_cast<uint32_t>(storage_of(a.dtype()));
   if (a.flags().row_contiguous) {
-    bool is_aligned = a.offset() % static_cast<int64_t>(FLATSTEP_RUN * a.itemsize()) == 0;
+    size_t start = static_cast<size_t>(a.offset()) + segment.source_offset;
+    bool is_aligned = start % (FLATSTEP_RUN * a.itemsize()) == 0;
     segment.source_layout = is_aligned ? SOURCE_ALIGNED : SOURCE_UNALIGNED;
     return result;
   }
@@ -84,11 +77,9 @@ Described describe(const Source& source) {
 }
 
 // Deals the passes of a dispatch out to threadgroups.
-void make_groups(Dispatch& dispatch, const std::vector<size_t>& passes) {
-  size_t total = 0;
-  for (size_t n : passes) {
-    total += n;
-  }
+void make_groups(Dispatch& dispatch) {
+  const std::vector<size_t>& passes = dispatch.passes;
+  size_t total = std::accumulate(passes.begin(), passes.end(), size_t{0});
   size_t per_group = std::clamp<size_t>(total / kManyGroups, 1, kMaxPasses);
   dispatch.arguments.num_segments = static_cast<uint32_t>(dispatch.segments.size());
   dispatch.arguments.passes = static_cast<uint32_t>(per_group);
@@ -106,7 +97,6 @@ void make_groups(Dispatch& dispatch, const std::vector<size_t>& passes) {
 
 std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources) {
   std::vector<Dispatch> dispatches;
-  std::vector<std::vector<size_t>> passes;
   for (const Source& source : sources) {
     if (source.size == 0) {
       continue;
@@ -115,24 +105,28 @@ std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources) {
     if (described.dimensions.size() > kMaxDimensions) {
       throw std::runtime_error("[flatstep] a gradient has too many dimensions for the GPU.");
     }
-    bool fits = !dispatches.empty() && dispatches.back().sources.size() < FLATSTEP_MAX_SOURCES &&
-                dispatches.back().dimensions.size() + described.dimensions.size() <= kMaxDimensions;
-    if (!fits) {
+    auto fits = [&](const Dispatch& dispatch) {
+      return dispatch.segments.size() < kMaxSegments &&
+             (dispatch.sources.back() == source.array ||
+              dispatch.sources.size() < FLATSTEP_MAX_SOURCES) &&
+             dispatch.dimensions.size() + described.dimensions.size() <= kMaxDimensions;
+    };
+    if (dispatches.empty() || !fits(dispatches.back())) {
       dispatches.emplace_back();
-      passes.emplace_back();
     }
     Dispatch& dispatch = dispatches.back();
+    if (dispatch.sources.empty() || dispatch.sources.back() != source.array) {
+      dispatch.sources.push_back(source.array);
+    }
+    described.segment.source = static_cast<uint32_t>(dispatch.sources.size() - 1);
     described.segment.first_dimension = static_cast<uint32_t>(dispatch.dimensions.size());
     dispatch.has_tiles |= described.segment.source_layout == SOURCE_TILED;
-    dispatch.sources.push_back(source.array);
     dispatch.segments.push_back(described.segment);
     dispatch.dimensions.insert(
         dispatch.dimensions.end(), described.dimensions.begin(), described.dimensions.end());
-    passes.back().push_back(described.passes);
+    dispatch.passes.push_back(described.passes);
   }
-  for (size_t i = 0; i < dispatches.size(); ++i) {
-    make_groups(dispatches[i], passes[i]);
-  }
+  std::for_each(dispatches.begin(), dispatches.end(), make_groups);
   return dispatches;
 }
 

@@ -1,7 +1,8 @@
 // Which leaves a dispatch of the update kernel works on, and the tables that it reads.
 //
 // Leaves that lie in buffers of their own are the only thing that a kernel cannot be given as one
-// array, so a bucket takes one dispatch for every FLATSTEP_MAX_SOURCES of them.
+// array, so a bucket takes one dispatch for every FLATSTEP_MAX_SOURCES of them. Of those that lie
+// in one buffer a dispatch takes as many as its tables have room for.
 #pragma once
 
 #include <vector>
@@ -13,22 +14,29 @@ namespace flatstep {
 
 namespace mx = mlx::core;
 
-// An array in a buffer of its own, and where the leaf that it belongs to lies in flat memory.
+// An array, which element of it is the first of a leaf, and where the leaf lies in flat memory.
+// Only of a contiguous array the first may be another than number 0.
 struct Source {
   const mx::array* array;
+  size_t first{0};
   size_t size;
-  size_t p_offset;
-  size_t state_offset;
+  size_t p_offset{0};
+  size_t state_offset{0};
+  uint32_t group{0};
 };
 
 struct Dispatch {
-  std::vector<const mx::array*> sources;
+  std::vector<const mx::array*> sources;  // each once, if its leaves follow each other
   std::vector<SourceSegment> segments;
   std::vector<SourceDimension> dimensions;
+  std::vector<size_t> passes;  // of a threadgroup, for each segment
   DispatchArguments arguments;
   size_t num_groups;
   bool has_tiles;
 };
+
+// The text of the kernels, which scripts/metal_source.py writes into a file of its own.
+extern const char* const kMetalSource;
 
 // Sources without elements take part in none. Throws std::runtime_error when a source has more
 // dimensions, merged, than a dispatch can describe.

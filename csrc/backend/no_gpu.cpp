@@ -5,15 +5,11 @@
 
 namespace flatstep {
 
-namespace {
-constexpr const char* kMessage =
-    "[flatstep] this build has no GPU backend: update on the CPU, with "
-    "mx.set_default_device(mx.cpu) or inside `with mx.stream(mx.cpu):`.";
-}
-
 void require_backend(mx::Device device) {
   if (device == mx::Device::gpu) {
-    throw std::invalid_argument(kMessage);
+    throw std::invalid_argument(
+        "[flatstep] this build has no GPU backend: update on the CPU, with "
+        "mx.set_default_device(mx.cpu) or inside `with mx.stream(mx.cpu):`.");
   }
 }
 
@@ -22,15 +18,15 @@ const char* gpu_backend_name() {
 }
 
 void FusedUpdate::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  throw std::runtime_error(kMessage);
+  require_backend(mx::Device::gpu);
 }
 
 void Advance::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  throw std::runtime_error(kMessage);
+  require_backend(mx::Device::gpu);
 }
 
 void View::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  throw std::runtime_error(kMessage);
+  require_backend(mx::Device::gpu);
 }
 
 }  // namespace flatstep

@@ -126,22 +126,28 @@ void copy_panel(const StridedLayout& layout, const Panel& panel, const T* data, 
 }  // namespace
 
 // Not thread_local: where there is no memory for such a variable the C library ends the process.
-PanelBuffer* panel_buffer(size_t number) {
-  using Buffers = std::array<PanelBuffer, kPanelBuffers>;
+uint32_t* panel_buffer(size_t number, size_t words) noexcept {
+  using Buffers = std::array<std::vector<uint32_t>, kPanelBuffers>;
   static const pthread_key_t key = [] {
     pthread_key_t made{};
     pthread_key_create(&made, [](void* buffers) { delete static_cast<Buffers*>(buffers); });
     return made;
   }();
-  auto* buffers = static_cast<Buffers*>(pthread_getspecific(key));
-  if (buffers == nullptr) {
-    auto fresh = std::unique_ptr<Buffers>(new (std::nothrow) Buffers);
-    if (fresh == nullptr || pthread_setspecific(key, fresh.get()) != 0) {
-      return nullptr;
+  try {
+    auto* buffers = static_cast<Buffers*>(pthread_getspecific(key));
+    if (buffers == nullptr) {
+      auto fresh = std::make_unique<Buffers>();
+      if (pthread_setspecific(key, fresh.get()) != 0) {
+        return nullptr;
+      }
+      buffers = fresh.release();
     }
-    buffers = fresh.release();
+    auto& buffer = (*buffers)[number];
+    buffer.resize(std::max(buffer.size(), words));
+    return buffer.data();
+  } catch (const std::bad_alloc&) {
+    return nullptr;
   }
-  return &(*buffers)[number];
 }
 
 StridedLayout::StridedLayout(const mx::array& a) {
@@ -174,7 +180,7 @@ int64_t StridedLayout::row_start(size_t row) const {
   return start;
 }
 
-const char* StridedReader::read(size_t begin, size_t limit, size_t& count) {
+const char* StridedReader::read(size_t begin, size_t& n) {
   size_t length = layout_.row_length();
   size_t row = begin / length;
   size_t column = begin % length;
@@ -188,22 +194,8 @@ const char* StridedReader::read(size_t begin, size_t limit, size_t& count) {
   size_t at = (row - p.row) * p.pitch + in_row;
   // Rows that are whole and follow each other can be read on.
   bool is_whole = p.num_columns == length && p.pitch == length;
-  count = std::min(limit, is_whole ? p.num_rows * length - at : p.num_columns - in_row);
+  n = std::min(n, is_whole ? p.num_rows * length - at : p.num_columns - in_row);
   return reinterpret_cast<const char*>(elements_) + at * itemsize_;
-}
-
-uint32_t* StridedReader::reserve(size_t bytes) noexcept {
-  if (buffer_ == nullptr) {
-    return nullptr;
-  }
-  try {
-    if (buffer_->size() * sizeof(uint32_t) < bytes) {
-      buffer_->resize((bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t));
-    }
-    return buffer_->data();
-  } catch (const std::bad_alloc&) {
-    return nullptr;
-  }
 }
 
 void StridedReader::fill(size_t row, size_t column) {
@@ -213,7 +205,8 @@ void StridedReader::fill(size_t row, size_t column) {
   size_t rows_left = (walk_end_ - 1) / length + 1 - row;
   size_t rows = std::min(rows_left, std::clamp(kPanelElements / columns, size_t(16), kPanelRows));
   panel_ = {row, rows, first_column, columns, rows == 1 ? columns : pitch_of(columns)};
-  uint32_t* out = reserve(panel_.num_rows * panel_.pitch * itemsize_);
+  size_t bytes = panel_.num_rows * panel_.pitch * itemsize_;
+  uint32_t* out = panel_buffer(number_, (bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t));
   if (out == nullptr) {
     panel_ = {row, 1, column, std::min(kSpareColumns, length - column), kSpareColumns};
     out = spare_;

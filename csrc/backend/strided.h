@@ -60,38 +60,36 @@ struct Panel {
   size_t pitch;  // from row to row in the buffer
 };
 
-using PanelBuffer = std::vector<uint32_t>;
-inline constexpr size_t kPanelBuffers = 4;
+inline constexpr size_t kPanelBuffers = 6;
 
 // One of this thread's own, kept from task to task. Null where there is no memory for it.
-PanelBuffer* panel_buffer(size_t number);
+uint32_t* panel_buffer(size_t number, size_t words) noexcept;
 
 // One thread's walk through an array.
 class StridedReader {
  public:
-  // `walk_end` is where the walk will end.
+  // `walk_end` is where the walk will end; `number` is that of the panel buffer that it uses.
   StridedReader(
       const StridedLayout& layout,
       const char* data,
       size_t itemsize,
       size_t walk_end,
-      PanelBuffer* buffer)
-      : layout_(layout), data_(data), itemsize_(itemsize), walk_end_(walk_end), buffer_(buffer) {
+      size_t number)
+      : layout_(layout), data_(data), itemsize_(itemsize), walk_end_(walk_end), number_(number) {
   }
 
-  // The elements with row-major numbers from `begin`, contiguous. At least one and at most
-  // `limit` of them are there; `count` is set to how many.
-  const char* read(size_t begin, size_t limit, size_t& count);
+  // The elements with row-major numbers from `begin`, contiguous: at most `n` of them, and `n` is
+  // set to how many, at least one.
+  const char* read(size_t begin, size_t& n);
 
  private:
   void fill(size_t row, size_t column);
-  uint32_t* reserve(size_t bytes) noexcept;
 
   const StridedLayout& layout_;
   const char* data_;
   size_t itemsize_;
   size_t walk_end_;
-  PanelBuffer* buffer_;
+  size_t number_;
   Panel panel_{};
   const uint32_t* elements_{nullptr};  // the panel's
   // Takes the buffer's place where there is no memory: a step that has begun cannot fail.

@@ -7,11 +7,13 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace flatstep {
@@ -28,73 +30,11 @@ struct alignas(64) Part {
   size_t end{0};
 };
 
+using Body = std::function<void(size_t, size_t)>;
+
 // Each thread starts with a part of its own, since memory is fastest when read on from where the
-// last piece ended, and helps the others once that is done. The parts are the caller's, one for
-// each thread, so that a loop needs no memory.
-class Loop {
- public:
-  Loop(
-      const std::function<void(size_t, size_t)>& body,
-      size_t count,
-      size_t grain,
-      std::vector<Part>& parts)
-      : body_(body), grain_(grain), parts_(parts) {
-    size_t grains = (count + grain - 1) / grain;
-    size_t begin = 0;
-    for (size_t i = 0; i < parts_.size(); ++i) {
-      size_t end = std::min(count, grains * (i + 1) / parts_.size() * grain);
-      parts_[i].next = begin;
-      parts_[i].end = end;
-      begin = end;
-    }
-  }
-
-  // Works until all is handed out. What the body throws is kept for `rethrow`, and nothing more is
-  // handed out.
-  void run(size_t thread) noexcept {
-    try {
-      for (size_t i = 0; i < parts_.size(); ++i) {
-        run_part(parts_[(thread + i) % parts_.size()]);
-      }
-    } catch (...) {
-      if (!failed_.exchange(true)) {
-        error_ = std::current_exception();
-      }
-    }
-  }
-
-  // Once all threads are done.
-  void rethrow() const {
-    if (error_) {
-      std::rethrow_exception(error_);
-    }
-  }
-
- private:
-  void run_part(Part& part) {
-    size_t begin = part.next;
-    while (begin < part.end && !failed_) {
-      size_t end = std::min(begin + piece(part.end - begin), part.end);
-      if (part.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
-        body_(begin, end);
-        begin = part.next;
-      }
-    }
-  }
-
-  // A quarter of what is left, in grains: long pieces first, and at the end so short ones that no
-  // thread waits long for another.
-  size_t piece(size_t left) const {
-    return std::clamp<size_t>(left / grain_ / 4, 1, kMaxGrains) * grain_;
-  }
-
-  const std::function<void(size_t, size_t)>& body_;
-  size_t grain_;
-  std::vector<Part>& parts_;
-  std::atomic<bool> failed_{false};
-  std::exception_ptr error_;
-};
-
+// last piece ended, and helps the others once that is done. The loop's parts are the pool's, one
+// for each thread, so that a loop needs no memory.
 class Pool {
  public:
   explicit Pool(size_t num_workers) : parts_(num_workers + 1) {
@@ -123,25 +63,27 @@ class Pool {
     }
   }
 
-  void share(const std::function<void(size_t, size_t)>& body, size_t count, size_t grain) {
-    Loop loop(body, count, grain, parts_);
+  void share(const Body& body, size_t count, size_t grain) {
     {
       std::lock_guard lock(mutex_);
-      loop_ = &loop;
+      hand_out(count, grain);
+      body_ = &body;
       ++generation_;
     }
     wake_.notify_all();
-    loop.run(0);
+    run(body, 0);
     // All is handed out. Who has not woken yet finds no loop any more, and is not waited for.
     {
       std::lock_guard lock(mutex_);
-      loop_ = nullptr;
+      body_ = nullptr;
     }
     if (!soon([this] { return busy_ == 0; })) {
       std::unique_lock lock(mutex_);
       done_.wait(lock, [this] { return busy_ == 0; });
     }
-    loop.rethrow();
+    if (failed_.exchange(false)) {
+      std::rethrow_exception(std::exchange(error_, nullptr));
+    }
   }
 
  private:
@@ -169,13 +111,13 @@ class Pool {
         return;
       }
       seen = generation_;
-      if (loop_ == nullptr) {
+      if (body_ == nullptr) {
         continue;
       }
-      Loop* loop = loop_;
+      const Body& body = *body_;
       ++busy_;
       lock.unlock();
-      loop->run(number);
+      run(body, number);
       lock.lock();
       if (--busy_ == 0) {
         done_.notify_one();
@@ -183,20 +125,63 @@ class Pool {
     }
   }
 
+  void hand_out(size_t count, size_t grain) {
+    size_t grains = (count + grain - 1) / grain;
+    size_t begin = 0;
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      size_t end = std::min(count, grains * (i + 1) / parts_.size() * grain);
+      parts_[i].next = begin;
+      parts_[i].end = end;
+      begin = end;
+    }
+    grain_ = grain;
+  }
+
+  // Works until all is handed out. What the body throws is kept for `share` to throw, and nothing
+  // more is handed out.
+  void run(const Body& body, size_t thread) noexcept {
+    try {
+      for (size_t i = 0; i < parts_.size(); ++i) {
+        run_part(body, parts_[(thread + i) % parts_.size()]);
+      }
+    } catch (...) {
+      if (!failed_.exchange(true)) {
+        error_ = std::current_exception();
+      }
+    }
+  }
+
+  void run_part(const Body& body, Part& part) {
+    size_t begin = part.next;
+    while (begin < part.end && !failed_) {
+      // A quarter of what is left, in grains: long pieces first, and at the end so short ones that
+      // no thread waits long for another.
+      size_t piece = std::clamp<size_t>((part.end - begin) / grain_ / 4, 1, kMaxGrains) * grain_;
+      size_t end = std::min(begin + piece, part.end);
+      if (part.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
+        body(begin, end);
+        begin = part.next;
+      }
+    }
+  }
+
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable done_;
-  Loop* loop_{nullptr};
+  const Body* body_{nullptr};  // of the loop that is shared
   std::atomic<uint64_t> generation_{0};
   std::atomic<size_t> busy_{0};  // workers in a loop
   bool stopping_{false};
   std::vector<std::thread> threads_;
   std::vector<Part> parts_;
+  size_t grain_{1};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
 };
 
 struct SharedPool {
   std::mutex mutex;  // one loop at a time: two streams may ask at once
-  Pool* pool{nullptr};
+  std::unique_ptr<Pool> pool;
   std::atomic<size_t> num_threads{1};
 };
 
@@ -229,11 +214,10 @@ void set_num_threads(size_t n) {
   SharedPool& shared = *shared_pool();
   std::lock_guard lock(shared.mutex);
   shared.num_threads = n;
-  delete shared.pool;
-  shared.pool = nullptr;
+  shared.pool.reset();
 }
 
-void parallel_for(size_t count, size_t grain, const std::function<void(size_t, size_t)>& body) {
+void parallel_for(size_t count, size_t grain, const Body& body) {
   SharedPool& shared = *shared_pool();
   if (count <= grain || shared.num_threads == 1) {
     if (count > 0) {
@@ -244,7 +228,7 @@ void parallel_for(size_t count, size_t grain, const std::function<void(size_t, s
   std::lock_guard lock(shared.mutex);
   if (shared.pool == nullptr) {
     try {
-      shared.pool = new Pool(shared.num_threads - 1);
+      shared.pool = std::make_unique<Pool>(shared.num_threads - 1);
     } catch (const std::bad_alloc&) {
       body(0, count);
       return;

@@ -1,20 +1,26 @@
 """The compiled engine of flatstep."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core
 
 class Rule:
     """An update rule with its hyperparameters."""
 
+    def __init__(self, name: str, values: Mapping[str, float]) -> None: ...
     @property
-    def num_slots(self) -> int:
+    def num_states(self) -> int:
         """How many state arrays a step updates."""
 
-def sgd_rule(momentum: float, weight_decay: float, dampening: float, nesterov: bool) -> Rule: ...
-def adam_rule(
-    betas: Sequence[float], eps: float, weight_decay: float, bias_correction: bool, name: str
-) -> Rule: ...
+    @property
+    def type(self) -> str:
+        """The name of its struct in csrc/rules.h."""
+
+    @property
+    def groups(self) -> tuple:
+        """
+        The hyperparameters of each group of parameters, as a kernel gets them.
+        """
 
 class PlainSchedule:
     """A schedule as data that a kernel evaluates."""
@@ -101,22 +107,6 @@ def step(
     """
     One step over a tree: (parameters, state, step, learning_rate), or None when a parameter's dtype is not the layout's.
     """
-
-def single_step(
-    parameter: mlx.core.array,
-    gradient: mlx.core.array,
-    state: Sequence[mlx.core.array],
-    rule: Rule,
-    schedule: PlainSchedule | None,
-    step: mlx.core.array,
-    learning_rate: mlx.core.array | None,
-    stream: mlx.core.Stream
-    | mlx.core.ThreadLocalStream
-    | mlx.core.Device
-    | mlx.core.DeviceType
-    | None = None,
-) -> tuple[mlx.core.array, list[mlx.core.array], mlx.core.array, mlx.core.array | None]:
-    """One step of one array: (parameter, state, step, learning_rate)."""
 
 def views(
     flat: mlx.core.array,

@@ -13,7 +13,14 @@ from .walk import CONTAINERS, Keys, build, check_depth, children, inner_like, pa
 FLOAT32_LIMIT = 2.0**128 - 2.0**103
 
 
+def misfit(name: str, wanted: str, found: Any) -> str:
+    """What an error says of an argument."""
+    return f"{name} should be {wanted}, {found} was provided instead"
+
+
 def as_number(name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
@@ -21,13 +28,29 @@ def as_number(name: str, value: Any) -> float:
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
-        raise TypeError(f"{name} should be a number, {value!r} was provided instead") from None
+        raise TypeError(misfit(name, "a number", repr(value))) from None
 
 
-def check_finite(name: str, number: float) -> None:
-    """Raises ValueError when a number is NaN or infinite, or would be as a float32."""
-    if not abs(number) < FLOAT32_LIMIT:
-        raise ValueError(f"{name} should be finite in float32, {number} was provided instead")
+def as_finite(name: str, value: Any, at_least: float = -math.inf) -> float:
+    """A number that is finite in float32, and not below the least that is allowed."""
+    number = as_number(name, value)
+    if not (abs(number) < FLOAT32_LIMIT and number >= at_least):
+        allowed = "finite in float32" + (f" and >={at_least:g}" if at_least > -math.inf else "")
+        raise ValueError(misfit(name, allowed, f"{number:g}"))
+    return number
+
+
+def as_betas(name: str, values: Any) -> tuple[float, ...]:
+    """Two numbers in [0, 1)."""
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(misfit(f"{name} betas", "two numbers", repr(values)))
+    betas = tuple([as_number(f"{name} beta{i}", value) for i, value in enumerate(values, 1)])
+    for i, beta in enumerate(betas, 1):
+        if not 0 <= beta < 1:
+            raise ValueError(misfit(f"{name} beta{i}", "in [0, 1)", f"{beta:g}"))
+    if len(betas) != 2:
+        raise ValueError(f"{name} betas should be two numbers, {len(betas)} were provided instead")
+    return betas
 
 
 def kind_of(value: Any) -> str:
@@ -43,9 +66,7 @@ def check_tree(name: str, tree: Any) -> None:
     hint = ""
     if name == "gradients" and isinstance(tree, tuple):
         hint = "; nn.value_and_grad's function returns (loss, gradients): pass the second of them"
-    raise TypeError(
-        f"{name} should be a dict (or an mlx.nn.Module), {kind_of(tree)} was provided instead{hint}"
-    )
+    raise TypeError(misfit(name, "a dict (or an mlx.nn.Module)", kind_of(tree)) + hint)
 
 
 def with_state(tree: Any) -> Any:
@@ -86,7 +107,7 @@ def check_layout(old: Layout | None, new: Layout) -> None:
 
 def check_array(name: str, value: Any) -> None:
     if not isinstance(value, mx.array):
-        raise TypeError(f"{name} should be an mlx.core.array, {value!r} was provided instead")
+        raise TypeError(misfit(name, "an mlx.core.array", repr(value)))
 
 
 def check_flat_arrays(arrays: dict[str, Any]) -> None:
@@ -94,53 +115,46 @@ def check_flat_arrays(arrays: dict[str, Any]) -> None:
     parameter = arrays["parameter"]
     for name, array in arrays.items():
         check_array(f"flat_update: {name}", array)
-        if parameter.ndim != 1:
+        shape, found = tuple(parameter.shape), tuple(array.shape)
+        if len(shape) != 1:
+            of_shape = f"one of shape {shape}"
+            raise ValueError(misfit("flat_update: parameter", "one-dimensional", of_shape))
+        if found != shape:
             raise ValueError(
-                "flat_update: parameter should be one-dimensional, one of shape "
-                f"{tuple(parameter.shape)} was provided instead"
-            )
-        if array.shape != parameter.shape:
-            raise ValueError(
-                f"flat_update: {name} should have the parameter's shape {tuple(parameter.shape)}, "
-                f"one of {tuple(array.shape)} was provided instead"
+                f"flat_update: {name} should have the parameter's shape {shape}, one of {found} "
+                "was provided instead"
             )
         if array.dtype not in FLOATING:
             raise unsupported(f"flat_update: {name}", array.dtype)
 
 
+def check_scalar(name: str, kind: str, value: mx.array, is_of_kind: bool) -> None:
+    if value.size != 1 or not is_of_kind:
+        found = f"an array of shape {tuple(value.shape)} and {name_of(value.dtype)}"
+        raise ValueError(misfit(name, f"one {kind} number", found))
+
+
 def as_learning_rate(value: Any) -> mx.array:
     """A float32 scalar, as the kernels read it. An array that is not evaluated is not looked at."""
     if isinstance(value, mx.array):
-        if value.size != 1 or value.dtype == mx.complex64:
-            raise ValueError(
-                f"learning_rate should be one real number, an array of shape {tuple(value.shape)} "
-                f"and {name_of(value.dtype)} was provided instead"
-            )
+        check_scalar("learning_rate", "real", value, value.dtype != mx.complex64)
         known = _ext.known_value(value)
         if known is not None:
-            check_finite("learning_rate", known)
+            as_finite("learning_rate", known)
         if value.dtype == mx.float32 and value.ndim == 0:
             return value
         return value.astype(mx.float32).reshape(())
-    number = as_number("learning_rate", value)
-    check_finite("learning_rate", number)
-    return mx.array(number, mx.float32)
+    return mx.array(as_finite("learning_rate", value), mx.float32)
 
 
 def as_step(value: Any) -> mx.array:
     if isinstance(value, mx.array):
-        if value.size != 1 or not mx.issubdtype(value.dtype, mx.integer):
-            raise ValueError(
-                f"step should be one whole number, an array of shape {tuple(value.shape)} and "
-                f"{name_of(value.dtype)} was provided instead"
-            )
+        check_scalar("step", "whole", value, mx.issubdtype(value.dtype, mx.integer))
         if value.dtype == mx.uint64 and value.ndim == 0:
             return value
         if mx.issubdtype(value.dtype, mx.signedinteger):
             return as_step(value.reshape(()).item())
         return value.astype(mx.uint64).reshape(())
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(
-            f"step should be a whole number from 0 to 2**63 - 1, {value!r} was provided instead"
-        )
+        raise ValueError(misfit("step", "a whole number from 0 to 2**63 - 1", repr(value)))
     return mx.array(value, mx.uint64)

@@ -16,9 +16,10 @@ from .checks import (
     check_layout,
     check_state,
     check_tree,
+    misfit,
     with_state,
 )
-from .layout import FLOATING, Layout, Segment, name_of
+from .layout import FLOATING, Layout, Segment, name_of, single_step
 from .schedulers import plain_schedule
 from .state import State
 from .trees import matching_part
@@ -37,7 +38,7 @@ class FlatUpdate(NamedTuple):
 
 
 class FusedOptimizer(Optimizer):
-    """What SGD, Adam and AdamW share: an ``mlx.optimizers.Optimizer`` whose update is one pass.
+    """What the optimizers here share: an ``mlx.optimizers.Optimizer`` whose update is one pass.
 
     Each is a subclass of its namesake in MLX too, for ``isinstance`` only: ``Optimizer`` is named
     here where ``super()`` would be that class.
@@ -55,10 +56,8 @@ class FusedOptimizer(Optimizer):
     def __init__(self, learning_rate: LearningRate, state_dtype: mx.Dtype | None = None):
         Optimizer.__init__(self)
         if state_dtype is not None and state_dtype not in FLOATING:
-            raise ValueError(
-                f"state_dtype should be mx.float32, mx.float16 or mx.bfloat16, {state_dtype!r} was "
-                "provided instead"
-            )
+            wanted = "mx.float32, mx.float16 or mx.bfloat16"
+            raise ValueError(misfit("state_dtype", wanted, repr(state_dtype)))
         self._state = State(self._state)
         # By name: an mx.Dtype can be neither copied nor pickled.
         self._state_dtype_name = name_of(state_dtype or mx.float32)
@@ -144,20 +143,16 @@ class FusedOptimizer(Optimizer):
             self.init(matching_part(gradients, parameters))
 
         state = self._usable_state()
-        layout = state.layout
-        if layout is None or not self._initialized:
-            layout, flat = state.make_flat(
-                matching_part(gradients, parameters), self.slots, self._state_dtype
-            )
-        else:
-            flat = {slot: state.flat_arrays(slot) for slot in self.slots}
         scheduled = self._scheduled_values()
-        result = self._step(layout, flat, gradients, parameters, scheduled)
-        if result is None:
-            # Parameters were cast since `init`: lay them out for their new dtypes.
-            layout, flat = state.make_flat(
-                matching_part(gradients, parameters), self.slots, self._state_dtype
-            )
+        layout = state.layout if self._initialized else None
+        result = None
+        if layout is not None:
+            flat = {slot: state.flat_arrays(slot) for slot in self.slots}
+            result = self._step(layout, flat, gradients, parameters, scheduled)
+        if layout is None or result is None:
+            # The first step, or parameters were cast since `init`: lay them out as they are.
+            part = matching_part(gradients, parameters)
+            layout, flat = state.make_flat(part, self.slots, self._state_dtype)
             result = self._step(layout, flat, gradients, parameters, scheduled)
             assert result is not None
         updated, slots, step, learning_rate = result
@@ -183,15 +178,15 @@ class FusedOptimizer(Optimizer):
         As in MLX, ``self.step`` counts this step already.
         """
         rule = self.rule()
-        used = self.slots[: rule.num_slots]
+        used = self.slots[: rule.num_states]
         for name, array in (("gradient", gradient), ("parameter", parameter)):
             check_array(f"apply_single: {name}", array)
-        updated, values, _, _ = _ext.single_step(
+        updated, values, _, _ = single_step(
             parameter,
             gradient,
-            [state[slot] for slot in used],
             rule,
             None,
+            [state[slot] for slot in used],
             self.step - mx.array(1, mx.uint64),
             as_learning_rate(self.learning_rate),
         )
@@ -241,7 +236,7 @@ class FusedOptimizer(Optimizer):
 
         Empty before ``init``. Offsets and sizes count elements of the bucket's flat arrays.
         """
-        layout = self._state.layout if isinstance(self._state, State) else None
+        layout = self._layout
         return layout.segments() if layout else []
 
     def is_flat(self, parameters: Any) -> bool:
@@ -258,10 +253,8 @@ class FusedOptimizer(Optimizer):
             ValueError: the tree does not fit the layout; the message names the path.
         """
         tree = with_state(parameters.parameters() if isinstance(parameters, Module) else parameters)
-        layout = self._state.layout if isinstance(self._state, State) else None
-        if layout is None:
-            return False
-        return _ext.are_flat(layout.engine, layout.skeleton, tree)
+        layout = self._layout
+        return layout is not None and _ext.are_flat(layout.engine, layout.skeleton, tree)
 
     def flat_update(
         self,
@@ -280,8 +273,8 @@ class FusedOptimizer(Optimizer):
         Args:
             parameter (mx.array): shape (n,), float32, float16 or bfloat16.
             gradient (mx.array): shape (n,), any of these dtypes.
-            *state (mx.array): the arrays named by ``optimizer.slots`` (SGD: ``v``; Adam and AdamW:
-              ``m``, ``v``), shape (n,), any of these dtypes. SGD without momentum takes none.
+            *state (mx.array): the arrays named by ``optimizer.slots``, shape (n,), any of these
+              dtypes. SGD without momentum takes none.
             step (int or mx.array): steps taken so far, an int >= 0 or an integer scalar.
             learning_rate (float or mx.array, optional): Default: the optimizer's schedule at
               ``step``, or its learning rate.
@@ -304,7 +297,7 @@ class FusedOptimizer(Optimizer):
             array([-0.5, -0.5, -0.5], dtype=float32)
         """
         rule = self.rule()
-        names = self.slots[: rule.num_slots]
+        names = self.slots[: rule.num_states]
         if len(state) != len(names):
             raise ValueError(
                 f"flat_update: {type(self).__name__} takes {len(names)} state arrays "
@@ -320,12 +313,12 @@ class FusedOptimizer(Optimizer):
                 schedule = self._schedulers.get("learning_rate")
                 learning_rate = schedule(count) if schedule else self.learning_rate
         rate = None if learning_rate is None else as_learning_rate(learning_rate)
-        updated, values, next_step, scheduled = _ext.single_step(
-            parameter, gradient, list(state), rule, plain, count, rate
+        updated, values, next_step, scheduled = single_step(
+            parameter, gradient, rule, plain, state, count, rate
         )
         rate = rate if scheduled is None else scheduled
         assert rate is not None
-        return FlatUpdate(updated, tuple(values), next_step, rate)
+        return FlatUpdate(updated, values, next_step, rate)
 
     # ---- Inner workings ----
 
@@ -359,10 +352,14 @@ class FusedOptimizer(Optimizer):
             parameters,
             rule,
             plain,
-            [flat[slot] for slot in self.slots[: rule.num_slots]],
+            [flat[slot] for slot in self.slots[: rule.num_states]],
             as_step(self.step),
             rate,
         )
+
+    @property
+    def _layout(self) -> Layout | None:
+        return self._state.layout if isinstance(self._state, State) else None
 
     @property
     def _state_dtype(self) -> mx.Dtype:

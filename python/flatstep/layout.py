@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -91,11 +92,10 @@ class Layout:
 
     def segments(self) -> list[Segment]:
         """The place of each leaf, in the order of the tree."""
-        result = []
-        for leaf, (bucket, offset) in zip(self.leaves, self.places, strict=True):
-            size = _size(leaf.shape)
-            result.append(Segment(leaf.path, bucket, offset, size, leaf.shape, leaf.dtype))
-        return result
+        return [
+            Segment(leaf.path, bucket, offset, prod(leaf.shape), leaf.shape, leaf.dtype)
+            for leaf, (bucket, offset) in zip(self.leaves, self.places, strict=True)
+        ]
 
     def leaf_view(self, flat: Sequence[mx.array], number: int) -> mx.array:
         """Leaf ``number`` of one slot's flat arrays, sharing their memory."""
@@ -107,32 +107,45 @@ class Layout:
         bucket, offset = self.places[number]
         old = flat[bucket]
         new = self._in_blocks(value, number, old.dtype)
-        if new.shape[0]:
-            flat[bucket] = (
-                mx.slice_update(old, new, mx.array([offset // BLOCK]), [0])
-                if new.shape[0] < old.shape[0]
-                else new
-            )
+        if 0 < new.shape[0] < old.shape[0]:
+            new = mx.slice_update(old, new, mx.array([offset // BLOCK]), [0])
+        flat[bucket] = new if new.shape[0] else old
 
     def pack(self, values: Sequence[Any], dtype: mx.Dtype) -> list[mx.array]:
         """One slot's flat arrays from its leaves; a leaf of None starts at zero."""
         by_bucket: list[list[int]] = [[] for _ in self.bucket_shapes]
         for number, (bucket, _) in enumerate(self.places):
             by_bucket[bucket].append(number)
-        flat = []
-        for shape, numbers in zip(self.bucket_shapes, by_bucket, strict=True):
-            if all(values[number] is None for number in numbers):
-                # One element until a step writes it; mx.zeros takes its full size when evaluated.
-                flat.append(mx.broadcast_to(mx.array(0, dtype), shape))
-                continue
-            parts = [self._in_blocks(values[number], number, dtype) for number in numbers]
-            flat.append(mx.concatenate(parts))
-        return flat
+        # Zeros are one element until a step writes them; evaluated mx.zeros take their full size.
+        return [
+            mx.broadcast_to(mx.array(0, dtype), shape)
+            if all(values[number] is None for number in numbers)
+            else mx.concatenate([self._in_blocks(values[n], n, dtype) for n in numbers])
+            for shape, numbers in zip(self.bucket_shapes, by_bucket, strict=True)
+        ]
 
     def _in_blocks(self, value: mx.array | None, number: int, dtype: mx.Dtype) -> mx.array:
         if value is None:
-            return mx.zeros((-(-_size(self.leaves[number].shape) // BLOCK), BLOCK), dtype)
+            return mx.zeros((-(-prod(self.leaves[number].shape) // BLOCK), BLOCK), dtype)
         return in_blocks(value.astype(dtype))
+
+
+def single_step(
+    parameter: mx.array,
+    gradient: mx.array,
+    rule: _ext.Rule,
+    schedule: _ext.PlainSchedule | None,
+    state: Sequence[mx.array],
+    step: mx.array,
+    learning_rate: mx.array | None,
+) -> tuple[mx.array, tuple[mx.array, ...], mx.array, mx.array | None]:
+    """A step of one array by itself: a tree of one leaf, whose state is as long as it likes."""
+    layout = _ext.Layout(["parameter"], [parameter.shape], [parameter.dtype], 0)
+    trees = ({"parameter": 0}, {"parameter": gradient}, {"parameter": parameter})
+    buckets = [[array] for array in state]
+    result: Any = _ext.step(layout, *trees, rule, schedule, buckets, step, learning_rate)
+    updated, new_state, next_step, scheduled = result
+    return updated["parameter"], tuple(array for (array,) in new_state), next_step, scheduled
 
 
 def in_blocks(value: mx.array) -> mx.array:
@@ -156,13 +169,6 @@ def unsupported(what: str, dtype: mx.Dtype, advice: str = "") -> TypeError:
     return TypeError(
         f"{what} has dtype {name_of(dtype)}; float32, float16 and bfloat16 are supported{advice}"
     )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for dimension in shape:
-        size *= dimension
-    return size
 
 
 def _to_tokens(skeleton: Any) -> list[Any]:
@@ -204,8 +210,7 @@ def _from_tokens(tokens: Sequence[Any]) -> Any:
 def _keys_of_leaves(skeleton: Any) -> dict[int, Keys]:
     found: dict[int, Keys] = {}
     todo: list[tuple[Keys, Any]] = [((), skeleton)]
-    while todo:
-        keys, node = todo.pop()
+    for keys, node in todo:
         if isinstance(node, CONTAINERS):
             todo += [((*keys, key), child) for key, child in children(node)]
         else:

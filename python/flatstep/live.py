@@ -80,25 +80,14 @@ class LiveMapping(MixinDict):
         return repr(plain(self))
 
 
-class _View:
+def _view(name: str, kind: Any) -> Any:
     """A dict's view, as a dict shows it."""
-
-    name = ""
-
-    def __repr__(self: Any) -> str:
-        return f"{self.name}({list(self)})"
-
-    def __reversed__(self: Any) -> Iterator[Any]:
-        return iter(list(self)[::-1])
+    methods = {
+        "__repr__": lambda view: f"{name}({list(view)})",
+        "__reversed__": lambda view: iter(list(view)[::-1]),
+    }
+    return type(name, (kind,), methods)
 
 
-class _Keys(_View, KeysView[Any]):
-    name = "dict_keys"
-
-
-class _Items(_View, ItemsView[Any, Any]):
-    name = "dict_items"
-
-
-class _Values(_View, ValuesView[Any]):
-    name = "dict_values"
+_Keys, _Items = _view("dict_keys", KeysView), _view("dict_items", ItemsView)
+_Values = _view("dict_values", ValuesView)

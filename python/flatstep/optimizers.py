@@ -1,16 +1,39 @@
 """SGD, Adam and AdamW with the interface of ``mlx.optimizers``, on the fused engine."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as mlx_optimizers
 
+# What flatstep has no rule for yet comes from MLX as it is, so that changing the import is enough.
+from mlx.optimizers import (
+    AdaDelta,
+    Adafactor,
+    Adagrad,
+    Adamax,
+    Lion,
+    MultiOptimizer,
+    Muon,
+    Optimizer,
+    RMSprop,
+    clip_grad_norm,
+)
+
 from . import _ext
-from .checks import as_number
+from .checks import as_betas, as_finite
 from .fused import FlatUpdate, FusedOptimizer, LearningRate
 
-__all__ = ["SGD", "Adam", "AdamW", "FlatUpdate", "FusedOptimizer"]
+__all__ = ["SGD", "Adam", "AdamW", "FlatUpdate"]
+__all__ += ["AdaDelta", "Adafactor", "Adagrad", "Adamax", "Lion", "Muon", "RMSprop"]
+__all__ += ["MultiOptimizer", "Optimizer", "clip_grad_norm"]
+
+
+@lru_cache
+def make_rule(name: str, **values: float) -> _ext.Rule:
+    """A rule of the engine's table; a training loop asks for the same at every step."""
+    return _ext.Rule(name, values)
 
 
 class SGD(FusedOptimizer, mlx_optimizers.SGD):
@@ -67,11 +90,16 @@ class SGD(FusedOptimizer, mlx_optimizers.SGD):
         self.rule()
 
     def rule(self) -> _ext.Rule:
-        return _ext.sgd_rule(
-            as_number("SGD momentum", self.momentum),
-            as_number("SGD weight_decay", self.weight_decay),
-            as_number("SGD dampening", self.dampening),
-            bool(self.nesterov),
+        momentum = as_finite("SGD momentum", self.momentum, 0)
+        dampening = as_finite("SGD dampening", self.dampening, 0)
+        if self.nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening.")
+        return make_rule(
+            "momentum" if momentum > 0 else "sgd",
+            momentum=momentum,
+            weight_decay=as_finite("SGD weight_decay", self.weight_decay),
+            dampening=dampening,
+            nesterov=bool(self.nesterov),
         )
 
 
@@ -126,23 +154,21 @@ class Adam(FusedOptimizer, mlx_optimizers.Adam):
         self.betas: Any = betas
         self.eps = eps
         self.bias_correction = bias_correction
-        self._adam_rule(0.0)
+        self.rule()
 
     def rule(self) -> _ext.Rule:
         return self._adam_rule(0.0)
 
     def _adam_rule(self, weight_decay: float) -> _ext.Rule:
         name = type(self).__name__
-        if isinstance(self.betas, (str, bytes)) or not hasattr(self.betas, "__iter__"):
-            raise TypeError(
-                f"{name} betas should be two numbers, {self.betas!r} was provided instead"
-            )
-        return _ext.adam_rule(
-            [as_number(f"{name} beta{i + 1}", beta) for i, beta in enumerate(self.betas)],
-            as_number(f"{name} epsilon", self.eps),
-            as_number(f"{name} weight_decay", weight_decay),
-            bool(self.bias_correction),
-            name,
+        beta1, beta2 = as_betas(name, self.betas)
+        return make_rule(
+            "adam",
+            beta1=beta1,
+            beta2=beta2,
+            eps=as_finite(f"{name} epsilon", self.eps, 0),
+            weight_decay=weight_decay,
+            bias_correction=bool(self.bias_correction),
         )
 
 
@@ -190,9 +216,8 @@ class AdamW(Adam, mlx_optimizers.AdamW):
         *,
         state_dtype: mx.Dtype | None = None,
     ):
-        super().__init__(learning_rate, betas, eps, bias_correction, state_dtype=state_dtype)
         self.weight_decay = weight_decay
-        self.rule()
+        super().__init__(learning_rate, betas, eps, bias_correction, state_dtype=state_dtype)
 
     def rule(self) -> _ext.Rule:
-        return self._adam_rule(self.weight_decay)
+        return self._adam_rule(as_finite(f"{type(self).__name__} weight_decay", self.weight_decay))

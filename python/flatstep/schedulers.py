@@ -12,7 +12,9 @@ import mlx.core as mx
 import mlx.optimizers as mlx_optimizers
 
 from . import _ext
-from .checks import as_number, check_finite
+from .checks import as_finite, misfit
+
+__all__ = ["cosine_decay", "exponential_decay", "join_schedules", "linear_schedule", "step_decay"]
 
 ScheduleFunction = Callable[[Any], Any]
 
@@ -72,12 +74,8 @@ def exponential_decay(init: float, decay_rate: float) -> Schedule:
         >>> optimizer.learning_rate
         array(0.06561, dtype=float32)
     """
-    _check_rates("exponential_decay", init=init, decay_rate=decay_rate)
-    plain = None
-    if _are_numbers(init, decay_rate):
-        plain = _ext.exponential_decay(init, decay_rate, 1)
-    function = mlx_optimizers.exponential_decay(init, decay_rate)
-    return Schedule(exponential_decay, (init, decay_rate), function, plain)
+    rates = {"init": init, "decay_rate": decay_rate}
+    return _schedule(exponential_decay, (init, decay_rate), rates, _ext.exponential_decay)
 
 
 def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
@@ -101,13 +99,9 @@ def step_decay(init: float, decay_rate: float, step_size: int) -> Schedule:
         >>> optimizer.learning_rate
         array(0.081, dtype=float32)
     """
-    _check_rates("step_decay", init=init, decay_rate=decay_rate)
-    _check_numbers("step_decay", step_size=step_size)
-    function = mlx_optimizers.step_decay(init, decay_rate, step_size)
-    plain = None
-    if _are_numbers(init, decay_rate) and _is_whole(step_size):
-        plain = _ext.exponential_decay(init, decay_rate, int(step_size))
-    return Schedule(step_decay, (init, decay_rate, step_size), function, plain)
+    rates, steps = {"init": init, "decay_rate": decay_rate}, {"step_size": step_size}
+    arguments = (init, decay_rate, step_size)
+    return _schedule(step_decay, arguments, rates, _ext.exponential_decay, steps)
 
 
 def cosine_decay(init: float, decay_steps: int, end: float = 0.0) -> Schedule:
@@ -131,13 +125,8 @@ def cosine_decay(init: float, decay_steps: int, end: float = 0.0) -> Schedule:
         >>> optimizer.learning_rate
         array(0.0999961, dtype=float32)
     """
-    _check_rates("cosine_decay", init=init, end=end)
-    _check_numbers("cosine_decay", decay_steps=decay_steps)
-    function = mlx_optimizers.cosine_decay(init, decay_steps, end)
-    plain = None
-    if _are_numbers(init, end) and _is_whole(decay_steps):
-        plain = _ext.cosine_decay(init, end, int(decay_steps))
-    return Schedule(cosine_decay, (init, decay_steps, end), function, plain)
+    rates, steps = {"init": init, "end": end}, {"decay_steps": decay_steps}
+    return _schedule(cosine_decay, (init, decay_steps, end), rates, _ext.cosine_decay, steps)
 
 
 def linear_schedule(init: float, end: float, steps: int) -> Schedule:
@@ -161,13 +150,9 @@ def linear_schedule(init: float, end: float, steps: int) -> Schedule:
         >>> optimizer.learning_rate
         array(0.1, dtype=float32)
     """
-    _check_rates("linear_schedule", init=init, end=end)
-    _check_numbers("linear_schedule", steps=steps)
-    function = mlx_optimizers.linear_schedule(init, end, steps)
-    plain = None
-    if _are_numbers(init, end) and _is_whole(steps):
-        plain = _ext.linear_schedule(init, end, int(steps))
-    return Schedule(linear_schedule, (init, end, steps), function, plain)
+    rates = {"init": init, "end": end}
+    arguments = (init, end, steps)
+    return _schedule(linear_schedule, arguments, rates, _ext.linear_schedule, {"steps": steps})
 
 
 def join_schedules(schedules: list[ScheduleFunction], boundaries: list[int]) -> Schedule:
@@ -202,8 +187,7 @@ def join_schedules(schedules: list[ScheduleFunction], boundaries: list[int]) -> 
             raise TypeError(
                 f"join_schedules: schedules[{i}] should be callable, {schedule!r} was provided"
             )
-    for i, boundary in enumerate(boundaries):
-        _check_numbers("join_schedules", **{f"boundaries[{i}]": boundary})
+    _check_numbers("join_schedules", {f"boundaries[{i}]": b for i, b in enumerate(boundaries)})
     parts = [s._plain if isinstance(s, Schedule) else None for s in schedules]
     known = [part for part in parts if part is not None]
     plain = None
@@ -212,28 +196,44 @@ def join_schedules(schedules: list[ScheduleFunction], boundaries: list[int]) -> 
     return Schedule(join_schedules, (schedules, boundaries), function, plain)
 
 
-def _check_numbers(function: str, **arguments: Any) -> None:
+def _schedule(
+    factory: Callable[..., Schedule],
+    arguments: tuple[Any, ...],
+    rates: dict[str, Any],
+    make_plain: Callable[[float, float, int], _ext.PlainSchedule],
+    steps: dict[str, Any] | None = None,
+) -> Schedule:
+    """The schedule of MLX's function of the same name, as data too if its arguments are numbers."""
+    name = factory.__name__
+    _check_rates(name, rates)
+    _check_numbers(name, steps or {})
+    function = getattr(mlx_optimizers, name)(*arguments)
+    (every,) = (steps or {"every": 1}).values()
+    plain = None
+    if _are_numbers(*rates.values()) and _is_whole(every):
+        first, second = rates.values()
+        plain = make_plain(first, second, int(every))
+    return Schedule(factory, arguments, function, plain)
+
+
+def _check_numbers(function: str, arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         if not hasattr(value, "__float__"):
-            raise TypeError(
-                f"{function}: {name} should be a number, {value!r} was provided instead"
-            )
+            raise TypeError(misfit(f"{function}: {name}", "a number", repr(value)))
         if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"{function}: {name} should be a number, {value} was provided instead")
+            raise ValueError(misfit(f"{function}: {name}", "a number", value))
 
 
-def _check_rates(function: str, **arguments: Any) -> None:
+def _check_rates(function: str, arguments: dict[str, Any]) -> None:
     """That they, and how far they are apart, are finite in float32, as far as they are known."""
-    _check_numbers(function, **arguments)
+    _check_numbers(function, arguments)
     known = []
     for name, value in arguments.items():
-        is_array = isinstance(value, mx.array)
-        number = _ext.known_value(value) if is_array else as_number(name, value)
+        number = _ext.known_value(value) if isinstance(value, mx.array) else value
         if number is not None:
-            check_finite(f"{function}: {name}", number)
-            known.append(number)
+            known.append(as_finite(f"{function}: {name}", number))
     if "end" in arguments and len(known) == 2:
-        check_finite(f"{function}: end - init", known[1] - known[0])
+        as_finite(f"{function}: end - init", known[1] - known[0])
 
 
 def _are_numbers(*values: Any) -> bool:

@@ -32,10 +32,11 @@ class State(LiveMapping):
 
     # The layout that the reserved entry's text describes, read once.
     _known_layout: Layout | None = None
-    replaced = 0
+    replaced = 0  # how often an assignment has replaced something
 
     def __init__(self, *items: Any):
         dict.__init__(self, *items)
+        # The leaves whose storage a trace may return.
         self.filled: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
     @classmethod

@@ -9,8 +9,7 @@ function is traced, when a node may be what it returns: docs/engine.md, "The sta
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -20,17 +19,8 @@ from .live import LiveMapping, MixinList
 from .trees import check_leaf_state, leaf_values
 from .walk import CONTAINERS, Inner, Keys, build, children, path_of, plain, shown, trees_equal
 
-
-class FlatState(Protocol):
-    """What nodes need of the state that they are a part of."""
-
-    replaced: int  # how often an assignment has replaced something
-    filled: WeakValueDictionary[int, Any]  # the leaves whose storage a trace may return
-
-    @property
-    def layout(self) -> Layout | None: ...
-
-    def flat_arrays(self, slot: str) -> list[mx.array]: ...
+if TYPE_CHECKING:
+    from .state import State
 
 
 class LiveStateNeedsACopy:
@@ -42,7 +32,7 @@ class Node:
 
     plain_type: Any
 
-    _state: FlatState
+    _state: State
     _keys: Keys
     _layout: Layout
     _place: Any  # in the layout's skeleton
@@ -54,9 +44,7 @@ class Node:
         return cls.plain_type(*items, **named)
 
     @classmethod
-    def make(
-        cls, state: FlatState, layout: Layout, keys: Keys, place: Any, filling: Any = None
-    ) -> Any:
+    def make(cls, state: State, layout: Layout, keys: Keys, place: Any, filling: Any = None) -> Any:
         node: Any = cls._holding(filling)
         node._state, node._layout, node._keys, node._place = state, layout, keys, place
         node._replaced, node._is_filled = state.replaced, filling is not None
@@ -137,7 +125,7 @@ class LiveDict(Node, LiveMapping):
         return key in (self._layout.slots if isinstance(place, int) else place)
 
     def refill(self) -> None:
-        """Brings the storage of a leaf up to date: see ``FlatState.filled``."""
+        """Brings the storage of a leaf up to date: see ``State``."""
         dict.update(self, {slot: self[slot] for slot in self})
 
     __delitem__ = Node._refuse
@@ -218,7 +206,7 @@ class LiveTuple(LiveSequence, tuple[Any, ...]):  # type: ignore[misc]
 KINDS = {int: LiveDict, dict: LiveDict, list: LiveList, tuple: LiveTuple}
 
 
-def node_at(state: FlatState, layout: Layout, keys: Keys, place: Any) -> Any:
+def node_at(state: State, layout: Layout, keys: Keys, place: Any) -> Any:
     """What a user sees at a place of the layout's skeleton."""
     if not _ext.is_tracing():
         return KINDS[type(place)].make(state, layout, keys, place)
@@ -238,7 +226,7 @@ def node_at(state: FlatState, layout: Layout, keys: Keys, place: Any) -> Any:
     return build(expand, place)
 
 
-def refill(state: FlatState) -> None:
+def refill(state: State) -> None:
     """Brings what a trace may return up to date after the state has changed."""
     if _ext.is_tracing():
         for node in list(state.filled.values()):
@@ -247,7 +235,7 @@ def refill(state: FlatState) -> None:
         state.filled.clear()
 
 
-def assign(state: FlatState, keys: Keys, place: Any, items: dict[Any, Any]) -> None:
+def assign(state: State, keys: Keys, place: Any, items: dict[Any, Any]) -> None:
     """Assigns each item at its key below a place: all of them, or none and an error names the path.
 
     A subtree's value replaces all of it: what it does not name starts again from zero. The arrays
@@ -276,7 +264,7 @@ def assign(state: FlatState, keys: Keys, place: Any, items: dict[Any, Any]) -> N
 
 
 def _replacements(
-    state: FlatState, layout: Layout, keys: Keys, place: Any, value: Any
+    state: State, layout: Layout, keys: Keys, place: Any, value: Any
 ) -> list[tuple[int, str, mx.array | None]]:
     """(leaf, slot, array) for all that lies below a place to which a value is assigned."""
     is_here = isinstance(value, Node) and value._state is state and value._keys == keys

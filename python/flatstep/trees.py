@@ -1,6 +1,7 @@
 """Trees of parameters, gradients and state put side by side: not what every step does."""
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import mlx.core as mx
@@ -72,9 +73,8 @@ def merge_trees(
                 f"{path_of(keys)}: a parameter should be an mlx.core.array, found "
                 f"{type(parameter).__name__}"
             )
-        if not isinstance(held, CONTAINERS) or (
-            held and isinstance(held, dict) != isinstance(kind, dict)
-        ):
+        fits = isinstance(held, dict) == isinstance(kind, dict) or not held
+        if not isinstance(held, CONTAINERS) or not fits:
             raise ValueError(
                 f"{path_of(keys)}: the state holds a {plain_name(held)} here, the parameters a "
                 f"{plain_name(kind)}; mlx.utils.tree_unflatten makes lists of numbered names, "
@@ -82,17 +82,16 @@ def merge_trees(
             )
         if isinstance(kind, dict):
             return Inner(dict, named(keys, {} if parameter is ABSENT else parameter, held or {}))
-        ours = [] if parameter is ABSENT else list(parameter)
+        ours = () if parameter is ABSENT else parameter
         if len(held) > len(ours) and parameter is not ABSENT and not known:
             raise ValueError(
                 f"{path_of(keys)}: the state has {len(held)} items here, the parameters "
                 f"{len(ours)}; remove the others"
             )
-        length = max(len(ours), len(held))
-        ours += [ABSENT] * (length - len(ours))
-        theirs = [*held, *({} for _ in range(length - len(held)))]
         make = tuple if isinstance(kind, tuple) else list
-        return Inner(lambda made: make(made.values()), enumerate(zip(ours, theirs, strict=True)))
+        pairs = zip_longest(ours, held, fillvalue=ABSENT)
+        items = enumerate((mine, {} if its is ABSENT else its) for mine, its in pairs)
+        return Inner(lambda made: make(made.values()), items)
 
     check_depth("parameters", parameters)
     for name in RESERVED:

@@ -16,7 +16,7 @@ import pytest
 from cases import Case
 from flatstep import _ext
 from hypothesis import settings
-from updates import kernel_rule
+from updates import rule_of
 
 
 class StandIn:
@@ -72,7 +72,7 @@ def shown_by(item: pytest.Function) -> set[Hashable]:
     """
     function, _, _ = item.nodeid.partition("[")
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    rules = [kernel_rule(value) for value in parameters.values() if isinstance(value, Case)]
+    rules = [rule_of(value).type for value in parameters.values() if isinstance(value, Case)]
     shown: set[Hashable] = {function, *rules}
     for name, value in parameters.items():
         if isinstance(value, mx.Dtype):

@@ -3,44 +3,48 @@
 Every line that keeps a kernel within its bounds is taken out here, every barrier dropped.
 """
 
-import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import arguments as args
+import kernel_text
 import numpy as np
 import pytest
 import simulator
 from cases import Case
 from mutants import mutated
+from unusual_updates import (
+    FOUR,
+    KEYED,
+    check_far_group,
+    check_far_segment,
+    check_far_source,
+    check_far_source_offset,
+    check_four_states,
+    check_keys,
+)
 from updates import (
     BFLOAT,
     FLOAT,
     HALF,
     TYPES,
     Update,
-    check_far_group,
-    check_far_segment,
-    check_far_source,
+    flat_leaves,
     make_leaf,
+    rule_of,
+    run_advance,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the simulator runs on Linux")
 
-SOURCE_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "metal_source.py"
-ADAM = "Adam, half, float, bfloat, true"
-SGD = "Sgd<true, true, true>, bfloat, float, float, true"
-PLAIN = "Adam, float, float, float, true"
-
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 INSIDE_TILE = "if (r < height && c < width) {"
-READ_TILE = f"uint c = i / FLATSTEP_TILE;\n      {INSIDE_TILE}"
-WRITE_TILE = f"uint c = i % FLATSTEP_TILE;\n      {INSIDE_TILE}"
-LOAD = "vec<T, FLATSTEP_RUN> values = *"
-STORE = "vec<T, FLATSTEP_RUN> values;\n"
+READ_TILE = f"uint c = i / FLATSTEP_TILE;\n        {INSIDE_TILE}"
+WRITE_TILE = f"uint c = i % runs_across * FLATSTEP_RUN;\n        {INSIDE_TILE}"
 TAIL = "if (k < count) {\n"
+COUNT = "uint(min(segment->size - first, uint64_t(FLATSTEP_RUN)))"
+WHOLE = "bool is_whole = count == FLATSTEP_RUN && first % FLATSTEP_RUN == 0;"
 
 LOAD_SOURCE = """Run load_source(
     const device char* source,
@@ -51,9 +55,9 @@ LOAD_SOURCE = """Run load_source(
 # What is changed, and into what.
 MUTANTS = {
     # Bounds
-    "no end of the runs": ("if (first >= segment.size) {\n      return;\n    }\n", ""),
-    "every run is whole": ("left < FLATSTEP_RUN ? uint(left) : FLATSTEP_RUN", "FLATSTEP_RUN"),
-    "no end of the tiles": ("if (number >= num_tiles) {\n      return;\n    }\n", ""),
+    "no end of the runs": ("if (first >= segment->size) {\n        return;\n      }\n", ""),
+    "every run is whole": (COUNT, "FLATSTEP_RUN"),
+    "no end of the tiles": ("if (number >= num_tiles) {\n        return;\n      }\n", ""),
     "end of the tiles off by one": ("if (number >= num_tiles)", "if (number > num_tiles)"),
     "tile read past its rows": (READ_TILE, READ_TILE.replace("r < height && ", "")),
     "tile read past its columns": (READ_TILE, READ_TILE.replace(" && c < width", "")),
@@ -67,30 +71,33 @@ MUTANTS = {
         "uint(min(num_columns - column, uint64_t(FLATSTEP_TILE)))",
         "FLATSTEP_TILE",
     ),
-    "whole loads in the tail": (
-        f"if (count == FLATSTEP_RUN) {{\n    {LOAD}",
-        f"if (true) {{\n    {LOAD}",
-    ),
-    "whole stores in the tail": (
-        f"if (count == FLATSTEP_RUN) {{\n    {STORE}",
-        f"if (true) {{\n    {STORE}",
+    "a tile's run past its columns": ("min(width - c, uint(FLATSTEP_RUN))", "FLATSTEP_RUN"),
+    "whole loads and stores in the tail": (WHOLE, WHOLE.replace("count == FLATSTEP_RUN && ", "")),
+    "vectors where none may start": (WHOLE, WHOLE.replace(" && first % FLATSTEP_RUN == 0", "")),
+    "whole loads of a source's tail": (
+        "first, count, count == FLATSTEP_RUN);",
+        "first, count, true);",
     ),
     "tail loads too much": (
-        TAIL + "        run.at[k] = float(from[k]);",
-        TAIL.replace("k < count", "true") + "        run.at[k] = float(from[k]);",
+        TAIL + "        values[k] = from[k];",
+        TAIL.replace("k < count", "true") + "        values[k] = from[k];",
     ),
     "tail stores too much": (
-        TAIL + "        to[k] = T(run.at[k]);",
-        TAIL.replace("k < count", "true") + "        to[k] = T(run.at[k]);",
+        TAIL + "        to[k] = values[k];",
+        TAIL.replace("k < count", "true") + "        to[k] = values[k];",
     ),
     "source read past its end": (
         TAIL + "      int64_t offset",
         TAIL.replace("k < count", "true") + "      int64_t offset",
     ),
-    "more segments than there are": ("s < num_segments", "s <= num_segments"),
+    "more segments than there are": ("s < dispatch.num_segments", "s <= dispatch.num_segments"),
     "64 bits cut to 32 in a run": (
-        "uint64_t p_at = segment.p_offset + first;",
-        "uint p_at = segment.p_offset + first;",
+        "uint64_t p_at = segment->p_offset + first;",
+        "uint p_at = segment->p_offset + first;",
+    ),
+    "64 bits cut to 32 in a run's state": (
+        "uint64_t state_at = segment->state_offset + first;",
+        "uint state_at = segment->state_offset + first;",
     ),
     "64 bits cut to 32 in a stride": (
         "int64_t offset = 0;",
@@ -108,44 +115,45 @@ MUTANTS = {
         "uint64_t first = (uint64_t(matrix)",
         "uint first = uint(uint64_t(matrix)",
     ),
-    "64 bits cut to 32 in a tile's p": (
-        "uint64_t p_at = segment.p_offset + index;",
-        "uint p_at = segment.p_offset + index;",
-    ),
-    "64 bits cut to 32 in a tile's state": (
-        "uint64_t state_at = segment.state_offset + index;",
-        "uint state_at = segment.state_offset + index;",
+    "64 bits cut to 32 in a source's offset": (
+        "work.source += segment.source_offset;",
+        "work.source += uint(segment.source_offset);",
     ),
     "64-bit division cut to 32": (
         "bool is_small = (index | extent) >> 32 == 0;",
         "bool is_small = true;",
     ),
     # Barriers
-    "no barrier after the constants": (
-        BARRIER + "\n  Constants constants;",
-        "\n  Constants constants;",
-    ),
-    "no barrier before a tile is used": (BARRIER + "\n    uint64_t first", "\n    uint64_t first"),
-    "no barrier before the next tile": (BARRIER + "\n  }\n}", "\n  }\n}"),
+    "no barrier before a tile is used": (BARRIER + "\n      uint64_t first", "uint64_t first"),
+    "no barrier before the next tile": (BARRIER + "\n    }\n  }", "\n    }\n  }"),
     "a simdgroup's barrier": (
-        BARRIER + "\n    uint64_t first",
-        BARRIER.replace("threadgroup_", "simdgroup_", 1) + "\n    uint64_t first",
+        BARRIER + "\n      uint64_t first",
+        BARRIER.replace("threadgroup_", "simdgroup_", 1) + "\n      uint64_t first",
     ),
     # Indices
     "segment off by one": ("segments[s].first_group <= group", "segments[s].first_group < group"),
-    "m and v swapped": (
-        "#define FLATSTEP_M 2\n#define FLATSTEP_V 3",
-        "#define FLATSTEP_M 3\n#define FLATSTEP_V 2",
+    "states swapped": ("work.state0 = state0;", "work.state0 = state1;"),
+    "last states swapped": ("work.state3 = state3;", "work.state3 = state2;"),
+    "a state's index": (
+        "state3 [[buffer(FLATSTEP_STATE + 3)]]",
+        "state3 [[buffer(FLATSTEP_STATE + 2)]]",
     ),
-    "wrong source": ("FLATSTEP_CASE(7)", "case 7: source = source6; break;"),
+    "states' storages swapped": (
+        "Work<R, P, S0, S1, S2, S3> work",
+        "Work<R, P, S0, S2, S1, S3> work",
+    ),
+    "a state not loaded": ("FLATSTEP_LOAD_STATE(2)", ""),
+    "a state not stored": ("FLATSTEP_STORE_STATE(3)", ""),
+    "wrong source": ("case k:", "case k == 7 ? 30 : k:"),
     "source not bound": ("#define FLATSTEP_FIRST_SOURCE 10", "#define FLATSTEP_FIRST_SOURCE 11"),
-    "state where p lies": (
-        "uint64_t state_at = segment.state_offset + first;",
-        "uint64_t state_at = segment.p_offset + first;",
+    "source's place dropped": ("work.source += segment.source_offset;", ""),
+    "source's place in elements": (
+        "work.source += segment.source_offset;",
+        "work.source += segment.source_offset * 4;",
     ),
-    "state of a tile where p lies": (
-        "uint64_t state_at = segment.state_offset + index;",
-        "uint64_t state_at = segment.p_offset + index;",
+    "state where p lies": (
+        "uint64_t state_at = segment->state_offset + first;",
+        "uint64_t state_at = segment->p_offset + first;",
     ),
     "another source's dimensions": ("dimensions + segment.first_dimension", "dimensions"),
     "wrong dimension": ("* dimensions[d - 1].stride", "* dimensions[0].stride"),
@@ -154,41 +162,65 @@ MUTANTS = {
         "tile[c * pitch + r] = load_one",
     ),
     "groups overlap": (
-        "uint64_t(work.group) * work.passes * FLATSTEP_THREADS",
-        "uint64_t(work.group) * FLATSTEP_THREADS",
+        "uint64_t(group) * passes * FLATSTEP_THREADS",
+        "uint64_t(group) * FLATSTEP_THREADS",
     ),
-    "tiles overlap": ("work.group * work.passes + pass", "work.group + pass"),
-    "threads overlap": ("run += work.num_threads", "run += work.num_threads / 2 + 1"),
-    "half for bfloat": ("return load_one<bfloat>", "return load_one<half>"),
-    "bfloat for half": (
-        "load_aligned((const device half*)source + first, count)",
-        "load_aligned((const device bfloat*)source + first, count)",
+    "tiles overlap": ("group * passes + pass", "group + pass"),
+    "threads overlap": ("run += num_threads", "run += num_threads / 2 + 1"),
+    "storages in another order": (
+        "  STORAGE(Float16, float16)        \\\n  STORAGE(Bfloat16, bfloat16)",
+        "  STORAGE(Bfloat16, bfloat16)      \\\n  STORAGE(Float16, float16)",
     ),
-    "read in place through another buffer": ("arguments.p_in_place ? p_out : p_in", "p_in"),
-    # What is prepared
-    "nobody prepares": ("if (thread_index == 0) {", "if (thread_index == 1000) {"),
-    "all prepare": ("if (thread_index == 0) {", "if (true) {"),
+    "read in place through another buffer": ("dispatch.p_in_place ? p_out : p_in", "p_in"),
+    # Constants
+    "another group's constants": ("segment.group * FLATSTEP_GROUP_WORDS", "0"),
+    "constants where the key lies": ("own + FLATSTEP_KEY_WORDS)", "own)"),
+    "the step's words swapped": (
+        "Step(own[0]) | Step(own[1]) << 32",
+        "Step(own[1]) | Step(own[0]) << 32",
+    ),
+    "half of the step": ("Step(own[0]) | Step(own[1]) << 32", "Step(own[0])"),
+    "another word for the seed": ("work.seed = own[2];", "work.seed = own[3];"),
+    "element's number in its segment": ("key_of(p_at)", "key_of(first)"),
+    "p's number for a state": ("key_of(state_at)", "key_of(p_at)"),
+    "one key for a run": ("++key.element;", ""),
+    "copy reads p": ("e.p = source;", "e.p += source - e.p;"),
+    "copy reads constants": ("if (!is_same<R, Copy>::value) {", "if (true) {"),
+    "another group's hyperparameters": ("group * FLATSTEP_HYPERPARAMETER_WORDS", "0"),
+    "groups written over each other": ("constants + group * FLATSTEP_GROUP_WORDS", "constants"),
+    "a word of the constants missing": (
+        "k < sizeof(prepared) / 4",
+        "k + 1 < sizeof(prepared) / 4",
+    ),
+    "a word of a struct missing": ("k < sizeof(T) / 4", "k + 1 < sizeof(T) / 4"),
+    "a step later": ("      rate,\n      now);", "      rate,\n      now + 1);"),
+    "half of the step written": ("own[1] = uint(now >> 32);", "own[1] = 0;"),
     "step before the increment": (
-        "pair_from_step(steps_before + 1)",
-        "pair_from_step(steps_before)",
+        "pair_from_step(limited(steps_before) + 1)",
+        "pair_from_step(limited(steps_before))",
     ),
-    "schedule ignored": (
-        "schedule.num_pieces > 0 ? schedule_value",
-        "schedule.num_pieces > 1 ? schedule_value",
+    "schedule ignored": ("schedule.num_pieces > 0;", "schedule.num_pieces > 1;"),
+    "the first piece at all times": (
+        "schedule.pieces + active_piece(schedule, now)",
+        "schedule.pieces",
     ),
-    "step not read": ("arguments.reads_step ? step[0] : 0", "0"),
-    "swapped betas": (
-        "s.beta1 = pair(h.beta1.hi, h.beta1.lo);",
-        "s.beta1 = pair(h.beta2.hi, h.beta2.lo);",
+    "learning rate written without a schedule": (
+        "if (has_schedule) {\n      learning_rate[0]",
+        "if (true) {\n      learning_rate[0]",
     ),
+    "learning rate not written": ("learning_rate[0] = rate;", ""),
+    "not counted": ("next_step[0] = now + 1;", "next_step[0] = now;"),
+    "all groups count": ("if (group == 0) {", "if (true) {"),
+    "swapped betas": ("        h.beta1.value,\n", "        h.beta2.value,\n"),
     "swapped m and v": (
-        "  e.m = rounded(m);\n  e.v = rounded(v);",
-        "  e.m = rounded(v);\n  e.v = rounded(m);",
+        "    e.state[0] = m;\n    e.state[1] = v;",
+        "    e.state[0] = v;\n    e.state[1] = m;",
     ),
-    "plain float32": ("return pair(sum, (a - a_part) + (b - b_part));", "return pair(sum, 0.0f);"),
-    "advance by two": ("next_step[0] = step[0] + 1;", "next_step[0] = step[0] + 2;"),
     # Address spaces, which only the strict dialect knows
-    "tile in thread memory": ("    threadgroup float* tile,", "    thread float* tile,"),
+    "tile in thread memory": (
+        "update_tiles(threadgroup float* tile)",
+        "update_tiles(thread float* tile)",
+    ),
     "device pointer without device": (
         "load_one(const device char* source, uint",
         "load_one(const char* source, uint",
@@ -197,28 +229,42 @@ MUTANTS = {
         "work.group = group - segment.first_group;",
         "segments[0].padding = 1; work.group = group - segment.first_group;",
     ),
-    "double": ("float rate = arguments", "double rate = arguments"),
+    "double": ("float rate = 0.0f;", "double rate = 0.0f;"),
     "half from bfloat": (
-        "return float(((const device T*)source)[offset]);",
-        "T x = ((const device T*)source)[offset];\n  bfloat y = float(x);\n  return float(y);",
+        "value = Type::load(((const device Type::Stored*)source)[offset]);",
+        "bfloat x = ((const device Type::Stored*)source)[offset]; value = x;",
     ),
 }
 
 
-def kernel_text() -> str:
-    script = [sys.executable, str(SOURCE_SCRIPT)]
-    return subprocess.run(script, capture_output=True, text=True, check=True).stdout
+ADAMW = Case("AdamW", {"weight_decay": 0.1, "bias_correction": True})
+ADAM = Case("Adam", {"betas": [0.6, 0.9], "eps": 1e-3})
+NESTEROV = Case("SGD", {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True})
+
+
+def kernels() -> list[str]:
+    wanted = [kernel_text.advance(rule) for rule in ("Adam", "Momentum", "FourStates")]
+    updates: list[tuple[str, list[str]]] = [
+        ("Adam", ["Float16", "Float32", "Bfloat16"]),
+        ("Adam", ["Float32"]),
+        ("Momentum", ["Bfloat16", "Float32"]),
+        ("Momentum", ["Keyed"]),
+        ("FourStates", [stored.name for stored in FOUR]),
+        ("Copy", ["Float32"]),
+        ("Copy", ["Keyed"]),
+    ]
+    return wanted + [kernel_text.update(rule, True, storages) for rule, storages in updates]
 
 
 def battery(text: str) -> None:
     """Raises what the tests of the kernels would raise, on fewer cases."""
-    lines = [f'FLATSTEP_INSTANTIATE("{name}", {name})' for name in (ADAM, SGD, PLAIN)]
-    text += "\n".join(lines) + "\n"
+    text = kernel_text.with_instances(text, kernels())
     simulator.check(text)
     library = simulator.build(text)
+    check_advance(library)
+    check_four_states(library)
+    check_keys(library)
     rng = np.random.default_rng(0)
-    adam = Case("AdamW", {"weight_decay": 0.1, "bias_correction": True})
-    sgd = Case("SGD", {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True})
     leaves = [
         make_leaf("aligned", (9002,), FLOAT, rng),
         make_leaf("transposed", (40, 70), HALF, rng),
@@ -229,41 +275,58 @@ def battery(text: str) -> None:
         make_leaf("broadcast", (5,), FLOAT, rng),
         *[make_leaf("aligned", (8 + n,), TYPES[n % 3], rng) for n in range(13)],
     ]
-    cosine = ("cosine_decay", 1e-2, 10)
+    joined = ("join_schedules", [("linear_schedule", 0, 1e-2, 5), ("cosine_decay", 1e-2, 10)], [2])
     for passes, threads in ((1, 256), (4, 96)):
-        update = Update(adam, leaves, (HALF, FLOAT, BFLOAT), schedule=cosine, step=3)
-        update.run(library, ADAM, passes=passes, threads=threads, order="shuffled")
+        update = Update([ADAMW, ADAM], leaves, (HALF, FLOAT, BFLOAT), schedule=joined, step=3)
+        update.run(library, passes=passes, threads=threads, order="shuffled")
         update.check()
-        update = Update(sgd, leaves, (BFLOAT, FLOAT, FLOAT))
-        update.run(library, SGD, passes=passes, threads=threads, order="reverse")
+        update = Update(NESTEROV, leaves, (BFLOAT, FLOAT))
+        update.run(library, passes=passes, threads=threads, order="reverse")
         update.check()
     for leaf, in_place in product(leaves[:5], (False, True)):
-        update = Update(adam, [leaf], (FLOAT,) * 3, step=1)
-        update.run(library, PLAIN, in_place=in_place)
+        update = Update(ADAMW, [leaf], [FLOAT], step=1)
+        update.run(library, in_place=in_place)
         update.check()
+    update = Update([ADAMW, ADAM], flat_leaves(leaves[-2::-3]), [FLOAT])
+    update.run(library)
+    update.check()
+    check_copy(library)
+    check_far_source_offset(library)
     for layout in ("aligned", "transposed"):
-        check_far_segment(library, PLAIN, layout)
-    for layout in (args.STRIDED, args.TILED):
-        check_far_source(library, PLAIN, layout)
-    for layout in (args.ALIGNED, args.UNALIGNED, args.STRIDED, args.TILED):
-        check_far_group(library, PLAIN, layout)
-    check_advance(library)
+        check_far_segment(library, layout)
+    for number in (args.STRIDED, args.TILED):
+        check_far_source(library, number)
+    for number in (args.ALIGNED, args.UNALIGNED, args.STRIDED, args.TILED):
+        check_far_group(library, number)
 
 
 def check_advance(library: Any) -> None:
-    next_step, rate = np.zeros(1, np.uint64), np.zeros(1, np.float32)
-    schedule = np.array([args.schedule("linear_schedule", 0.0, 1.0, 4)])
-    buffers = {0: np.array([2], np.uint64), 1: next_step, 2: rate, 3: schedule}
-    library.run("advance", grid=(1,), threads=(1,), buffers=buffers)
-    assert next_step[0] == 3 and rate[0] == 0.5
+    rules = [rule_of(ADAMW), rule_of(ADAM)]
+    step = (1 << 32) + 2
+    schedule = ("linear_schedule", 0.0, 1.0, 1 << 33)
+    constants, next_step, rate = run_advance(library, rules, step, schedule)
+    assert next_step == step + 1 and rate == np.float32(step / (1 << 33))
+    assert (constants[:, : args.KEY_WORDS] == [2, 1, 0, 0]).all()
+    _, next_step, rate = run_advance(library, rules, step, learning_rate=0.5)
+    assert next_step == step + 1 and rate == 0.5
+
+
+def check_copy(library: Any) -> None:
+    leaf = make_leaf("aligned", (70,), FLOAT, np.random.default_rng(3))
+    for stored in (FLOAT, KEYED):
+        update = Update(Case("SGD", {}), [leaf], [stored])
+        update.run(library, "Copy")
+        if stored == FLOAT:
+            np.testing.assert_array_equal(update.p_out[:70], leaf.values)
+        update.check_gaps()
 
 
 def test_the_battery_passes_without_a_mistake() -> None:
-    battery(kernel_text())
+    battery(kernel_text.source())
 
 
 @pytest.mark.parametrize("mistake", MUTANTS)
 def test_a_mistake_in_the_kernels_is_found(mistake: str) -> None:
-    text = mutated(kernel_text(), *MUTANTS[mistake])
+    text = mutated(kernel_text.source(), *MUTANTS[mistake])
     with pytest.raises((simulator.CompileError, simulator.KernelError, AssertionError)):
         battery(text)

@@ -288,18 +288,28 @@ kernel void old(device float* x [[buffer(0)]]) {{ x[0] = 1; }}
         assert out[0] == expected
 
 
-def test_the_engines_rules_compile_as_they_are(tmp_path):
+def test_the_engines_rules_and_storages_compile_as_they_are(tmp_path):
     source = tmp_path / "rules.metal"
     source.write_text("""#include <metal_stdlib>
 #include "rules.h"
 #include "schedule.h"
+#include "storage.h"
 using namespace flatstep;
-[[kernel]] void k(device float* p [[buffer(0)]], constant Hyperparameters& h [[buffer(1)]],
-    constant Schedule& schedule [[buffer(2)]], uint i [[thread_position_in_grid]]) {
-  float rate = schedule_value(schedule, 3);
-  Element e = {p[i], 0.0f, 0.0f};
-  p[i] = adam<false>(prepare_adam(h, rate, 4), e, 1.0f).p;
-  p[i] += adam<true>(prepare_adam(h, rate, 4), e, 1.0f).p;
+template <typename R>
+static float updated(float p) {
+  typename R::Hyperparameters h = {};
+  Element<R::NUM_STATES> e = {};
+  e.p = p;
+  return R::update(R::prepare(h, 1.0f, 3), e, 1.0f).p;
+}
+#define UPDATE(Type, name) p[i] = updated<Type>(p[i]);
+#define ROUND(Type, dtype) p[i] = Type::load(Type::store(p[i], RoundingKey{i, 3, 0}));
+[[kernel]] void k(device float* p [[buffer(0)]], constant Schedule& schedule [[buffer(1)]],
+    uint i [[thread_position_in_grid]]) {
+  FLATSTEP_RULES(UPDATE)
+  FLATSTEP_STORAGES(ROUND)
+  SchedulePiece piece = {};
+  p[i] += float(active_piece(schedule, 3)) + piece_value(piece, 3);
 }
 """)
     simulator.check(source, [HERE.parents[1] / "csrc"])

@@ -1,12 +1,12 @@
 """A dispatch of the update kernel, made from leaves of any layout, and held to the reference."""
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import arguments as args
+import flatstep
+import kernel_text
 import mlx.core as mx
 import numpy as np
 import reference
@@ -19,34 +19,42 @@ BLOCK = 64
 
 
 class Type(NamedTuple):
-    """A type that is stored: as the kernels spell it, as NumPy holds it, as MLX names it."""
+    """A storage: as the kernels spell it, as NumPy holds it, as MLX names it."""
 
     name: str
     held: str
     dtype: mx.Dtype
-    number: int  # in SourceType
+
+    @property
+    def number(self) -> int:
+        return kernel_text.STORAGES.index(self.name)
 
     def encode(self, values: NDArray[Any]) -> NDArray[Any]:
-        if self.name == "bfloat":
+        if self.dtype == mx.bfloat16:
             return bfloat16_bits(values)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return np.asarray(values, np.float32).astype(self.held)
 
     def decode(self, stored: NDArray[Any]) -> NDArray[np.float64]:
-        values = from_bfloat16_bits(stored) if self.name == "bfloat" else stored
+        values = from_bfloat16_bits(stored) if self.dtype == mx.bfloat16 else stored
         return values.astype(np.float64)
 
     def to_mx(self, stored: NDArray[Any]) -> mx.array:
         return mx.array(np.ascontiguousarray(stored)).view(self.dtype)
 
 
-FLOAT = Type("float", "f4", mx.float32, 0)
-HALF = Type("half", "f2", mx.float16, 1)
-BFLOAT = Type("bfloat", "u2", mx.bfloat16, 2)
+FLOAT = Type("Float32", "f4", mx.float32)
+HALF = Type("Float16", "f2", mx.float16)
+BFLOAT = Type("Bfloat16", "u2", mx.bfloat16)
 TYPES = [FLOAT, HALF, BFLOAT]
 
 # What a gap between segments holds: never a value, so that a write there is seen.
-CANARY = {"f4": np.float32(-12345.5), "f2": np.float16(-1234.5), "u2": np.uint16(0xC640)}
+CANARY = {
+    "f4": np.float32(-12345.5),
+    "f2": np.float16(-1234.5),
+    "u2": np.uint16(0xC640),
+    "u4": np.uint32(0xC640C640),
+}
 
 
 @dataclass
@@ -59,14 +67,11 @@ class Leaf:
     layout: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in elements; only of what is not contiguous
+    is_part: bool = False  # of memory that other leaves lie in too
 
     @property
     def size(self) -> int:
         return int(np.prod(self.shape))
-
-    @property
-    def bound(self) -> NDArray[Any]:
-        return self.memory[self.first :]
 
     @property
     def values(self) -> NDArray[np.float64]:
@@ -101,22 +106,75 @@ def make_leaf(layout: str, shape: tuple[int, ...], stored: Type, rng: np.random.
     return Leaf(memory, first, stored, kind, shape, strides)
 
 
-def kernel_rule(case: Case) -> str:
-    """The rule as metal/update.metal names it."""
-    if case.rule != "SGD":
-        return "Adam"
-    flags = ("weight_decay", "momentum", "nesterov")
-    return f"Sgd<{', '.join(str(bool(case.arguments.get(flag))).lower() for flag in flags)}>"
+def flat_leaves(leaves: Sequence[Leaf]) -> list[Leaf]:
+    """The same values in one buffer, as a backward pass may leave them."""
+    stored = leaves[0].type
+    starts = np.cumsum([0, *[-(-leaf.size // BLOCK) * BLOCK for leaf in leaves]])
+    memory = np.zeros(starts[-1], stored.held)
+    for leaf, start in zip(leaves, starts[:-1], strict=True):
+        memory[start : start + leaf.size] = stored.encode(leaf.values)
+    return [
+        Leaf(memory, int(start), stored, args.ALIGNED, leaf.shape, (), is_part=True)
+        for leaf, start in zip(leaves, starts[:-1], strict=True)
+    ]
+
+
+class Rule(Protocol):
+    """What the tests ask of flatstep._ext.Rule."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def num_states(self) -> int: ...
+    @property
+    def groups(self) -> Sequence[bytes]: ...
+
+
+def rule_of(case: Case) -> Any:
+    """The engine's rule, whose struct in csrc/rules.h is its `type`."""
+    return case.make(flatstep).rule()
+
+
+def run_advance(
+    library: Any,
+    rules: Sequence[Rule],
+    step: int,
+    schedule: tuple[Any, ...] = (),
+    learning_rate: float = 0.0,
+) -> tuple[NDArray[np.uint32], int, float]:
+    """The constants of a group for each of the rules, the next step and the learning rate."""
+    groups = b"".join(group for rule in rules for group in rule.groups)
+    constants = np.zeros((len(rules), args.GROUP_WORDS), np.uint32)
+    next_step = np.zeros(1, np.uint64)
+    rate = np.array([0 if schedule else learning_rate], np.float32)
+    library.run(
+        kernel_text.advance(rules[0].type),
+        grid=(len(rules),),
+        threads=(len(rules),),
+        buffers={
+            0: np.array([step], np.uint64),
+            1: next_step,
+            2: rate,
+            3: constants,
+            4: np.array([args.schedule(*schedule)]),
+            5: groups,
+        },
+        writable=None if schedule else {2: []},
+    )
+    return constants, int(next_step[0]), float(rate[0])
 
 
 class Update:
-    """Flat arrays with gaps between the leaves, and the tables of one dispatch over them."""
+    """Flat arrays with gaps between the leaves, and the tables of one dispatch over them.
+
+    The leaves take turns in as many groups of parameters as there are cases, all of one rule.
+    """
 
     def __init__(
         self,
-        case: Case,
+        case: Case | Sequence[Case],
         leaves: Sequence[Leaf],
-        types: tuple[Type, Type, Type],  # of p, m and v
+        types: Sequence[Type],  # of p and the state, the last of all that follow
         *,
         step: int = 0,
         schedule: tuple[Any, ...] = (),
@@ -124,27 +182,27 @@ class Update:
         seed: int = 0,
         p_start: int = 0,
         state_start: int = 2 * BLOCK,
+        rules: Sequence[Rule] = (),  # instead of those of the cases
     ) -> None:
-        self.case, self.leaves, self.types = case, leaves, types
-        self.step, self.learning_rate = step, float(np.float32(learning_rate))
+        self.cases = [case] if isinstance(case, Case) else list(case)
+        self.rules = rules or [rule_of(case) for case in self.cases]
+        self.leaves, self.step, self.schedule = leaves, step, schedule
+        self.learning_rate = float(np.float32(learning_rate))
         if schedule:
             self.learning_rate = float(np.float32(reference.schedule_value(schedule, step)))
         rng = np.random.default_rng(seed)
         self.p_offsets = self._offsets(p_start)
         self.state_offsets = self._offsets(state_start)
-        p, m, v = types
-        self.p_in = self._flat(p, self.p_offsets, rng)
-        self.p_out = np.full(self.p_in.size, CANARY[p.held])
-        self.m = self._flat(m, self.state_offsets, rng)
-        self.v = self._flat(v, self.state_offsets, rng, positive=True)
-        self.before = {"p": self.p_in.copy(), "m": self.m.copy(), "v": self.v.copy()}
-        self.reads_step = bool(schedule) or case.arguments.get("bias_correction", False)
-        a = {**case.arguments}
-        if case.rule == "AdamW":
-            a.setdefault("weight_decay", 0.01)
-        self.constants = args.step_arguments(
-            args.hyperparameters(**a), args.schedule(*schedule), self.reads_step
-        )
+        count = self.rules[0].num_states
+        self.types = [*types, *types[-1:] * count][: 1 + count]
+        self.slots = self.cases[0].slots[:count] if self.cases else ("",) * count
+        self.p_in = self._flat(self.types[0], self.p_offsets, rng)
+        self.p_out = np.full(self.p_in.size, CANARY[self.types[0].held])
+        self.state = [
+            self._flat(stored, self.state_offsets, rng, positive=slot == "v")
+            for stored, slot in zip(self.types[1:], self.slots, strict=True)
+        ]
+        self.before = [array.copy() for array in (self.p_in, *self.state)]
 
     def _offsets(self, start: int) -> list[int]:
         offsets = []
@@ -166,12 +224,23 @@ class Update:
             )
         return flat
 
+    def sources(self) -> tuple[list[NDArray[Any]], list[tuple[int, int]]]:
+        """The buffers of the gradients, and of each leaf which it is and where in bytes."""
+        sources: list[NDArray[Any]] = []
+        places = []
+        for leaf in self.leaves:
+            if not leaf.is_part or not any(leaf.memory is source for source in sources):
+                sources.append(leaf.memory if leaf.is_part else leaf.memory[leaf.first :])
+            offset = leaf.first * leaf.memory.itemsize if leaf.is_part else 0
+            places.append((len(sources) - 1, offset))
+        return sources, places
+
     def tables(self, passes: int) -> tuple[args.Struct, args.Struct, args.Struct, int]:
         """The dispatch's arguments, segments and dimensions, and how many threadgroups it has."""
         segments = np.zeros(len(self.leaves), args.SEGMENT)
         dimensions: list[tuple[int, int]] = []
         groups = 0
-        for number, leaf in enumerate(self.leaves):
+        for number, (leaf, place) in enumerate(zip(self.leaves, self.sources()[1], strict=True)):
             work = -(-leaf.size // (args.THREADS * args.RUN))
             own = list(zip(leaf.shape, leaf.strides, strict=True)) if leaf.strides else []
             if leaf.layout == args.TILED:
@@ -181,6 +250,9 @@ class Update:
                 leaf.size,
                 self.p_offsets[number],
                 self.state_offsets[number],
+                place[1],
+                place[0],
+                number % len(self.rules),
                 groups,
                 leaf.type.number,
                 leaf.layout,
@@ -206,8 +278,9 @@ class Update:
     def run(
         self,
         library: Any,
-        kernel: str,
+        rule: str = "",  # instead of the cases' rule
         *,
+        has_tiles: bool = True,
         passes: int = 1,
         threads: int = args.THREADS,
         in_place: bool = False,
@@ -215,6 +288,7 @@ class Update:
         check_memory: bool = True,
         flush_to_zero: bool = False,
         first_group: int = 0,
+        seed: int = 0,
     ) -> None:
         """Runs the kernel, which may touch the leaves' own bytes and nothing else.
 
@@ -226,158 +300,71 @@ class Update:
             groups -= first_group
         if in_place:
             self.p_out[:] = self.p_in
-        p_in = self.p_out if in_place else self.p_in
-        self.constants["p_in_place"] = in_place
+        arguments["p_in_place"] = in_place
         spare = np.zeros(0, np.uint8)
-        buffers = {
-            args.P_IN: p_in,
-            args.P_OUT: self.p_out,
-            args.M: self.m,
-            args.V: self.v,
-            args.STEP: np.array([self.step], np.uint64) if self.reads_step else spare,
-            args.LEARNING_RATE: np.array([self.learning_rate], np.float32),
-            args.CONSTANTS: np.array([self.constants]),
-            args.DISPATCH: np.array([arguments]),
-            args.SEGMENTS: segments,
-            args.DIMENSIONS: dimensions,
-        }
-        if self.constants["schedule"]["num_pieces"]:
-            buffers[args.LEARNING_RATE] = spare
-        for number in range(args.MAX_SOURCES):
-            source = self.leaves[number].bound if number < len(self.leaves) else spare
+        buffers = dict.fromkeys(range(args.FIRST_SOURCE + args.MAX_SOURCES), spare)
+        buffers[args.P_IN] = self.p_out if in_place else self.p_in
+        buffers[args.P_OUT] = self.p_out
+        buffers |= {args.STATE + k: array for k, array in enumerate(self.state)}
+        if rule != "Copy":
+            constants, _, _ = run_advance(
+                library, self.rules, self.step, self.schedule, self.learning_rate
+            )
+            constants[:, 2] = seed
+            buffers[args.CONSTANTS] = constants
+        buffers[args.DISPATCH] = np.array([arguments])
+        buffers[args.SEGMENTS] = segments
+        buffers[args.DIMENSIONS] = dimensions
+        for number, source in enumerate(self.sources()[0]):
             buffers[args.FIRST_SOURCE + number] = source
         p_ranges = self._ranges(self.p_offsets, self.p_in)
-        m_ranges = self._ranges(self.state_offsets, self.m)
-        v_ranges = self._ranges(self.state_offsets, self.v)
-        slots = self.case.slots if self._has_state() else ()
-        touched = {
-            args.P_OUT: p_ranges,
-            args.M: m_ranges if "m" in slots else [],
-            args.V: v_ranges if "v" in slots else [],
-        }
+        touched = {args.P_OUT: p_ranges}
+        for k, array in enumerate(self.state):
+            touched[args.STATE + k] = self._ranges(self.state_offsets, array)
         library.run(
-            kernel,
+            self.kernel(rule, has_tiles),
             threadgroups=(groups,),
             threads=(threads,),
             buffers=buffers,
-            readable={**touched, args.P_IN: p_ranges},
+            readable={**touched, args.P_IN: [] if rule == "Copy" else p_ranges},
             writable=touched,
             order=order,
             check_memory=check_memory,
             flush_to_zero=flush_to_zero,
         )
 
-    def _has_state(self) -> bool:
-        return self.case.rule != "SGD" or self.case.arguments.get("momentum", 0) > 0
+    def kernel(self, rule: str = "", has_tiles: bool = True) -> str:
+        names = [stored.name for stored in self.types]
+        return kernel_text.update(rule or self.rules[0].type, has_tiles, names)
 
     def check(self) -> None:
         """Every leaf is what float64 says, and the gaps are as they were."""
         for number, leaf in enumerate(self.leaves):
-            arrays = {"g": leaf.values}
-            for slot, offsets in self._slots():
-                stored = self.types["pmv".index(slot)]
-                at = offsets[number]
-                arrays[slot] = stored.decode(self.before[slot][at : at + leaf.size])
-            a = self.case.arguments
-            terms = reference.RULES[self.case.rule](arrays, self.learning_rate, self.step + 1, **a)
-            for slot, offsets in self._slots():
-                if slot != "p" and slot not in self.case.slots:
-                    continue
-                stored, at = self.types["pmv".index(slot)], offsets[number]
-                got = (self.p_out if slot == "p" else getattr(self, slot))[at : at + leaf.size]
-                result = stored.to_mx(got)
-                ulps = allowed_ulps(self.case.rule, slot, result.dtype)
-                reference.assert_sum(result, terms[slot], ulps)
-        for slot, offsets in self._slots():
-            flat = self.p_out if slot == "p" else getattr(self, slot)
+            case = self.cases[number % len(self.cases)]
+            # The formula of a rule that keeps state at times asks for it at all times.
+            arrays = {slot: np.zeros(leaf.size) for slot in case.slots}
+            arrays["g"] = leaf.values
+            places = self.places(number)
+            arrays_of_leaf = list(zip(("p", *self.slots), self.types, places, strict=True))
+            for (slot, stored, (_, at)), before in zip(arrays_of_leaf, self.before, strict=True):
+                arrays[slot] = stored.decode(before[at : at + leaf.size])
+            terms = reference.RULES[case.rule](
+                arrays, self.learning_rate, self.step + 1, **case.arguments
+            )
+            for slot, stored, (after, at) in arrays_of_leaf:
+                result = stored.to_mx(after[at : at + leaf.size])
+                reference.assert_sum(result, terms[slot], allowed_ulps(slot))
+        self.check_gaps()
+
+    def check_gaps(self) -> None:
+        offsets = [self.p_offsets, *[self.state_offsets] * len(self.state)]
+        for flat, starts in zip((self.p_out, *self.state), offsets, strict=True):
             gap = np.ones(flat.size, bool)
-            for leaf, at in zip(self.leaves, offsets, strict=True):
+            for leaf, at in zip(self.leaves, starts, strict=True):
                 gap[at : at + leaf.size] = False
-            assert (flat[gap] == CANARY[flat.dtype.str[1:]]).all(), f"{slot} was written in a gap"
+            assert (flat[gap] == CANARY[flat.dtype.str[1:]]).all(), "a gap was written"
 
-    def _slots(self) -> list[tuple[str, list[int]]]:
-        return [("p", self.p_offsets), ("m", self.state_offsets), ("v", self.state_offsets)]
-
-
-def reserved_array(size: int) -> NDArray[np.float32]:
-    """Zeros whose pages come with the first touch."""
-    no_reserve = 0x4000  # Python names it only since 3.12
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    return np.frombuffer(mmap.mmap(-1, size * 4, flags=flags), np.float32)
-
-
-FAR = Case("AdamW", {"weight_decay": 0.1, "bias_correction": True})
-
-
-def check_far_segment(library: Any, kernel: str, layout: str) -> None:
-    """A segment billions of elements into its flat arrays is updated as one at their start."""
-    leaf = make_leaf(layout, (7, 10), FLOAT, np.random.default_rng(12))
-    near = Update(FAR, [leaf], (FLOAT,) * 3)
-    near.run(library, kernel)
-    far = Update(FAR, [leaf], (FLOAT,) * 3)
-    p_at, state_at = (1 << 32) + 64, (1 << 33) + 128
-    where = {"p_in": (0, p_at), "p_out": (0, p_at), "m": (128, state_at), "v": (128, state_at)}
-    for name, (old_at, new_at) in where.items():
-        reserved = reserved_array(new_at + 128)
-        reserved[new_at : new_at + 70] = getattr(far, name)[old_at : old_at + 70]
-        setattr(far, name, reserved)
-    far.p_offsets, far.state_offsets = [p_at], [state_at]
-    far.run(library, kernel)
-    for name, (old_at, new_at) in where.items():
-        np.testing.assert_array_equal(
-            getattr(far, name)[new_at : new_at + 70], getattr(near, name)[old_at : old_at + 70]
-        )
-
-
-def check_far_source(library: Any, kernel: str, layout: int) -> None:
-    """A gradient whose elements lie billions apart is read where they are, also in later tiles."""
-    far, outer = (1 << 31) + 7, 40
-    shape = (2, 3, 5) if layout == args.STRIDED else (2, outer, 35)
-    strides = (far * 40, far, 1) if layout == args.STRIDED else (far * 40, 1, far)
-    memory = reserved_array(far * 80)
-    rng = np.random.default_rng(13)
-    rows = range(shape[1] if layout == args.STRIDED else shape[2])
-    length = shape[2] if layout == args.STRIDED else shape[1]
-    for matrix, row in product(range(2), rows):
-        start = matrix * strides[0] + row * far
-        memory[start : start + length] = random_values(length, rng)
-    update = Update(FAR, [Leaf(memory, 0, FLOAT, layout, shape, strides)], (FLOAT,) * 3)
-    update.run(library, kernel)
-    update.check()
-
-
-def check_far_group(library: Any, kernel: str, layout: int) -> None:
-    """The threadgroups at the end of a leaf of billions of elements, and no others."""
-    columns = 64
-    rows = (1 << 27) + args.TILE  # times the columns: more than 2^33 elements
-    size = rows * columns
-    last = args.THREADS * args.RUN  # how many elements the last threadgroup has
-    shape, strides = (size,), ()
-    if layout != args.ALIGNED and layout != args.UNALIGNED:
-        shape, strides = (rows, columns), (1, rows)
-    first_of_last = size - last
-    # Elements of the last pass, and where their gradients lie.
-    index = np.arange(first_of_last, size)
-    if layout == args.TILED:  # the last tile: 32 rows of the last 32 columns
-        row, column = np.divmod(np.arange(args.TILE**2), args.TILE)
-        index = (rows - args.TILE + row) * columns + columns - args.TILE + column
-    source_index = index // columns + index % columns * rows if strides else index
-    rng = np.random.default_rng(16)
-    memory = reserved_array(size)
-    memory[source_index] = random_values(last, rng)
-    leaf = Leaf(memory, 0, FLOAT, layout, shape, strides)
-    small = make_leaf("aligned", (last,), FLOAT, rng)
-    small.memory[:] = memory[source_index]
-    near = Update(FAR, [small], (FLOAT,) * 3, state_start=0)
-    near.run(library, kernel)
-    far = Update.__new__(Update)
-    far.__dict__.update(near.__dict__)
-    far.leaves = [leaf]
-    for name in ("p_in", "p_out", "m", "v"):
-        reserved = reserved_array(size)
-        reserved[index] = near.before[name[0]][:last]
-        setattr(far, name, reserved)
-    work = size // last if layout != args.TILED else rows // args.TILE * columns // args.TILE
-    far.run(library, kernel, first_group=work - 1)
-    for name in ("p_out", "m", "v"):
-        np.testing.assert_array_equal(getattr(far, name)[index], getattr(near, name)[:last])
+    def places(self, leaf: int) -> list[tuple[NDArray[Any], int]]:
+        """What was written, p and each state, and where the leaf lies in it."""
+        states = [(array, self.state_offsets[leaf]) for array in self.state]
+        return [(self.p_out, self.p_offsets[leaf]), *states]

@@ -1,38 +1,41 @@
-"""The update rules and the schedules in MLX's float64, and how far from them a result may lie.
+"""The update rules and the schedules in float64, and how far from them a result may lie.
 
 A rule returns, for each array that it updates, the terms whose sum is the new value. The terms are
 kept apart because an error is measured in ulp of the largest of them and their sum: where terms
 cancel, the sum is small but the rounding of what was summed is not.
 
-MLX has float64 on the CPU only: call these under ``with mx.stream(mx.cpu):``.
+The formulas are written with operators only, for float64 arrays of MLX and of NumPy alike. MLX has
+float64 on the CPU only: call them under ``with mx.stream(mx.cpu):``.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-Terms = list[mx.array]
+Terms = list[Any]
 
 # Bits of the significand, the leading one included, and the exponent of the smallest subnormal.
 _FORMATS = {mx.float32: (24, -149), mx.float16: (11, -24), mx.bfloat16: (8, -133)}
 
 # How far a float32 result may be off; docs/numerics.md says why.
-PAIR_ULPS = 1.5
-PLAIN_ULPS = 16.0
+STATE_ULPS = 6.0
+PARAMETER_ULPS = 12.0
+LEARNING_RATE_ULPS = 2.0
 
 
 def sgd(
-    arrays: Mapping[str, mx.array],
+    arrays: Mapping[str, Any],
     learning_rate: float,
+    t: int,
     *,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
 ) -> dict[str, Terms]:
-    """One step of SGD."""
     p, v = arrays["p"], arrays["v"]
     gradient = [arrays["g"], weight_decay * p]
     if momentum <= 0:
@@ -43,7 +46,7 @@ def sgd(
 
 
 def adam(
-    arrays: Mapping[str, mx.array],
+    arrays: Mapping[str, Any],
     learning_rate: float,
     t: int,
     *,
@@ -52,29 +55,31 @@ def adam(
     bias_correction: bool = False,
     weight_decay: float = 0.0,
 ) -> dict[str, Terms]:
-    """Step ``t`` (the first is 1) of Adam."""
     p, g = arrays["p"], arrays["g"]
     b1, b2 = betas
     m = [b1 * arrays["m"], (1 - b1) * g]
     v = [b2 * arrays["v"], (1 - b2) * g * g]
-    # 1 - beta^t without cancellation.
-    c1, c2 = (-math.expm1(t * math.log(b)) if bias_correction else 1.0 for b in betas)
-    factor = -learning_rate / c1 / (mx.sqrt(total(v) / c2) + eps)
-    decay = -learning_rate * weight_decay * p
-    return {"p": [p, decay, *_scaled(factor, m)], "m": m, "v": v}
+    c1, c2 = (_correction(beta, t) if bias_correction else 1.0 for beta in betas)
+    factor = -learning_rate / c1 / ((total(v) / c2) ** 0.5 + eps)
+    return {"p": [p, -learning_rate * weight_decay * p, *_scaled(factor, m)], "m": m, "v": v}
 
 
-def one_step(
-    rule: str,
-    arguments: Mapping[str, Any],
-    arrays: Mapping[str, mx.array],
-    learning_rate: float,
-    t: int,
-) -> dict[str, Terms]:
-    if rule == "SGD":
-        return sgd(arrays, learning_rate, **arguments)
-    defaults = {"weight_decay": 0.01} if rule == "AdamW" else {}
-    return adam(arrays, learning_rate, t, **{**defaults, **arguments})
+# By an optimizer's name. They take the arrays `p`, `g` and the state, the learning rate, the number
+# of the step, of which the first is 1, and what the optimizer is made with.
+RULES: dict[str, Callable[..., dict[str, Terms]]] = {
+    "SGD": sgd,
+    "Adam": adam,
+    "AdamW": partial(adam, weight_decay=0.01),
+}
+
+
+def _scaled(factor: Any, terms: Terms) -> Terms:
+    return [factor * term for term in terms]
+
+
+def _correction(beta: float, t: int) -> float:
+    """``1 - beta**t`` without cancellation."""
+    return -math.expm1(t * math.log(beta)) if beta else 1.0
 
 
 def linear_schedule(step: int, init: float, end: float, steps: int) -> float:
@@ -88,17 +93,44 @@ def cosine_decay(step: int, init: float, decay_steps: int, end: float = 0.0) -> 
 
 
 def exponential_decay(step: int, init: float, decay_rate: float) -> float:
-    return init * decay_rate**step
+    return init * float(decay_rate) ** step
 
 
 def step_decay(step: int, init: float, decay_rate: float, step_size: int) -> float:
-    return init * decay_rate ** (step // step_size)
+    return init * float(decay_rate) ** (step // step_size)
 
 
-def allowed_ulps(rule: str, name: str, dtype: mx.Dtype) -> float:
-    """How many float32 ulp an array of a rule may be off before it is rounded to `dtype`."""
-    is_plain = rule != "SGD" and name == "p" and dtype != mx.float32
-    return PLAIN_ULPS if is_plain else PAIR_ULPS
+def join_schedules(step: int, schedules: Sequence[Any], boundaries: Sequence[int]) -> float:
+    # MLX lets the last boundary in the list that has been reached decide, sorted or not.
+    active, start = schedules[0], 0
+    for schedule, boundary in zip(schedules[1:], boundaries, strict=True):
+        if step >= boundary:
+            active, start = schedule, boundary
+    return schedule_value(active, step - start)
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "linear_schedule": linear_schedule,
+    "cosine_decay": cosine_decay,
+    "exponential_decay": exponential_decay,
+    "step_decay": step_decay,
+    "join_schedules": join_schedules,
+}
+
+
+def schedule_value(schedule: Any, step: int) -> float:
+    """The value at ``step`` of a number, a callable, or ``(name, *arguments)``, as joins nest."""
+    if callable(schedule):
+        return float(schedule(step))
+    if not isinstance(schedule, tuple):
+        return float(schedule)
+    name, *arguments = schedule
+    return SCHEDULES[name](step, *arguments)
+
+
+def allowed_ulps(name: str) -> float:
+    """How many float32 ulp an array of a rule may be off before it is rounded to its dtype."""
+    return PARAMETER_ULPS if name == "p" else STATE_ULPS
 
 
 def tolerance(terms: Terms, dtype: mx.Dtype, ulps: float) -> mx.array:
@@ -106,14 +138,11 @@ def tolerance(terms: Terms, dtype: mx.Dtype, ulps: float) -> mx.array:
     off = ulps * ulp(largest(terms), mx.float32)
     if dtype == mx.float32:
         return off
-    return off + 0.5 * ulp(mx.abs(total(terms)) + off, dtype)
+    return off + 0.5 * ulp(abs(total(terms)) + off, dtype)
 
 
-def total(terms: Terms) -> mx.array:
-    result = terms[0]
-    for term in terms[1:]:
-        result = result + term
-    return result
+def total(terms: Terms) -> Any:
+    return sum(terms)
 
 
 def largest(terms: Terms) -> mx.array:
@@ -130,7 +159,3 @@ def ulp(x: mx.array, dtype: mx.Dtype) -> mx.array:
     exponent = ((x.view(mx.uint64) >> 52) & 0x7FF).astype(mx.int64) - 1023
     exponent = mx.maximum(exponent - (bits - 1), smallest)
     return ((exponent + 1023).astype(mx.uint64) << 52).view(mx.float64)
-
-
-def _scaled(factor: float | mx.array, terms: Terms) -> Terms:
-    return [factor * term for term in terms]

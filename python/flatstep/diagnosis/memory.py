@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import mlx.core as mx
 
 import flatstep
 from flatstep import _ext
 
-from .cases import ADAMW, FLOAT32, MIXES, MOMENTUM, Case
+from .cases import ADAMW, MIXES, MOMENTUM, SHAPES, Row
 from .comparison import DiscrepancyError, Training, check_same, flattened, joined, random_leaves
 
 Check = Callable[[mx.Device], None]
@@ -16,24 +17,20 @@ Check = Callable[[mx.Device], None]
 
 def checks(quick: bool) -> dict[str, Check]:
     """The checks by their names."""
-    cases = [
-        Case(*rule, dtypes, compiled=compiled)
-        for rule in (ADAMW, MOMENTUM)
-        for dtypes in (FLOAT32, MIXES[1])
-        for compiled in (False, True)
-    ]
+    modes = product((ADAMW, MOMENTUM), MIXES[:2], (False, True))
+    rows = [Row(case, dtypes, compiled=compiled) for case, dtypes, compiled in modes]
     found: dict[str, Check] = {}
-    for case in cases[::3] if quick else cases:
-        found[f"a step keeps its memory: {case}"] = partial(keeps_its_memory, case)
-        found[f"what is held keeps its value: {case}"] = partial(held_values_stay, case)
+    for row in rows[::3] if quick else rows:
+        found[f"a step keeps its memory: {row}"] = partial(keeps_its_memory, row)
+        found[f"what is held keeps its value: {row}"] = partial(held_values_stay, row)
     found["flat_update keeps its memory, and gives what update gives"] = flat_update
     return found
 
 
-def keeps_its_memory(case: Case, device: mx.Device) -> None:
+def keeps_its_memory(row: Row, device: mx.Device) -> None:
     """From the second step on, every bucket's parameters and state stay where they are."""
     with mx.stream(device):
-        training = Training(case)
+        training = Training(row)
         for seed in range(2, 4):
             training.step(training.gradients(seed))
         in_place = 0
@@ -61,10 +58,10 @@ def attempts(device: mx.Device) -> int:
     return 20 if device.type == mx.DeviceType.gpu else 1
 
 
-def held_values_stay(case: Case, device: mx.Device) -> None:
+def held_values_stay(row: Row, device: mx.Device) -> None:
     """Weights, state and gradients that a user keeps stay as they were."""
     with mx.stream(device):
-        training = Training(case)
+        training = Training(row)
         training.step(training.gradients(2))
         training.step(training.gradients(3))
         gradients = training.gradients(4)
@@ -84,11 +81,9 @@ def held_values_stay(case: Case, device: mx.Device) -> None:
 
 
 def flat_update(device: mx.Device) -> None:
-    case = Case(*ADAMW)
     with mx.stream(device):
-        p = random_leaves(case.shapes, 1, mx.float32)["vector"]
-        g = random_leaves(case.shapes, 2, mx.float32)["vector"]
-        ours = case.make(flatstep)
+        p, g = (random_leaves(SHAPES, seed, mx.float32)["vector"] for seed in (1, 2))
+        ours = ADAMW.make(flatstep)
         tree = ours.apply_gradients({"p": g}, {"p": p})
         expected = joined([tree["p"]])
         flat = ours.flat_update(p, g, mx.zeros_like(p), mx.zeros_like(p), step=0)

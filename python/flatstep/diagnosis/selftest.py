@@ -9,8 +9,8 @@ from functools import partial
 import mlx.core as mx
 
 from . import memory
-from .cases import all_cases, quick_cases
-from .comparison import DiscrepancyError, run_case
+from .cases import all_rows, quick_rows
+from .comparison import DiscrepancyError, run_row
 
 Check = Callable[[mx.Device], None]
 
@@ -24,13 +24,11 @@ class Result:
 
 def groups(quick: bool) -> dict[str, dict[str, Check]]:
     """The checks of each group by their names."""
-    cases = quick_cases() if quick else all_cases()
-    table: dict[str, dict[str, Check]] = {
-        group: {str(case): partial(run_case, case) for case in rows}
-        for group, rows in cases.items()
+    rows = quick_rows() if quick else all_rows()
+    checks: dict[str, dict[str, Check]] = {
+        group: {str(row): partial(run_row, row) for row in rows[group]} for group in rows
     }
-    table["memory"] = memory.checks(quick)
-    return table
+    return {**checks, "memory": memory.checks(quick)}
 
 
 def run(checks: dict[str, Check], device: mx.Device) -> Iterator[Result]:

@@ -1,0 +1,75 @@
+#include "tables.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+
+#include "mlx/utils.h"
+#include "plain_schedule.h"
+
+namespace flatstep {
+
+namespace {
+
+template <typename R>
+void prepare(const Hyperparameters& h, float learning_rate, Step step, Constants& out) {
+  static_assert(sizeof(typename R::Hyperparameters) <= sizeof(Hyperparameters));
+  static_assert(sizeof(typename R::Constants) <= sizeof(Constants));
+  static_assert(R::NUM_STATES <= kMaxStates);
+  typename R::Hyperparameters own;
+  std::memcpy(&own, h.data(), sizeof(own));
+  auto constants = R::prepare(own, learning_rate, step);
+  std::memcpy(&out, &constants, sizeof(constants));
+}
+
+// A number whose logarithm is only asked for where it lies in [0, 1).
+Number number(double x) {
+  double log = std::max(std::log(std::abs(x)), -1e6);
+  return {static_cast<float>(x), static_cast<float>(1 - x), split(log)};
+}
+
+}  // namespace
+
+void refuse_storage(mx::Dtype dtype) {
+  std::ostringstream message;
+  message << "[flatstep] no storage for " << dtype << "; there are";
+  for (const StorageTraits& storage : kStorages) {
+    message << " " << storage.name;
+  }
+  throw std::invalid_argument(message.str());
+}
+
+const RuleTraits kRules[kNumRules] = {
+#define FLATSTEP_ROW(R, name) {name, #R, R::NAMES, R::NUM_STATES, R::READS_STEP != 0, prepare<R>},
+    FLATSTEP_RULES(FLATSTEP_ROW)
+#undef FLATSTEP_ROW
+};
+
+Rule::Rule(const std::string& name, const std::map<std::string, double>& values) {
+  auto* found = std::find_if(std::begin(kRules), std::end(kRules), [&](const RuleTraits& rule) {
+    return rule.name == name;
+  });
+  if (found == std::end(kRules)) {
+    throw std::invalid_argument("[Rule] there is no rule named " + name + ".");
+  }
+  index_ = found - kRules;
+  Hyperparameters group{};
+  std::istringstream names(found->names);
+  std::string next;
+  size_t count = 0;
+  for (; std::getline(names >> std::ws, next, ','); ++count) {
+    auto value = values.find(next);
+    if (value == values.end()) {
+      throw std::invalid_argument("[Rule] " + name + " needs " + next + ".");
+    }
+    group.at(count) = number(value->second);
+  }
+  if (count != values.size()) {
+    throw std::invalid_argument("[Rule] " + name + " takes " + found->names + " and no more.");
+  }
+  groups_ = std::make_shared<const std::vector<Hyperparameters>>(1, group);
+}
+
+}  // namespace flatstep

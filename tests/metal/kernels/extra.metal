@@ -1,0 +1,45 @@
+
+// What no rule and no storage of the tables has: four states, and a store that shows its key.
+namespace flatstep {
+
+struct FourStates {
+  enum { NUM_STATES = 4, READS_STEP = 1 };
+  FLATSTEP_HYPERPARAMETERS(a, b, c, d, e, f, g, h)
+
+  struct Constants {
+    float rate, step, p, unused;
+    float first[4], second[4], third[4];
+  };
+
+  static Constants prepare(Hyperparameters h, float rate, Step step) {
+    return {
+        rate,
+        float(step),
+        h.h.value,
+        0.0f,
+        {h.a.value, h.b.value, h.c.value, h.d.value},
+        {h.a.one_minus, h.b.one_minus, h.c.one_minus, h.d.one_minus},
+        {h.e.log.hi, h.f.log.hi, h.g.log.lo, h.h.log.lo}};
+  }
+
+  static Element<4> update(Constants c, Element<4> e, float g) {
+    e.p += c.rate * g + c.p + c.step;
+    for (int k = 0; k < 4; ++k) {
+      e.state[k] += c.first[k] * g + c.second[k] + c.third[k];
+    }
+    return e;
+  }
+};
+
+struct Keyed {
+  typedef uint Stored;
+  static float load(uint) {
+    return 0.0f;
+  }
+  static uint store(float, RoundingKey key) {
+    uint element = uint(key.element) * 2654435761u ^ uint(key.element >> 32) * 40503u;
+    return element ^ uint(key.step) * 97u ^ uint(key.step >> 32) * 193u ^ key.seed * 389u;
+  }
+};
+
+}  // namespace flatstep
