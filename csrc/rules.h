@@ -116,9 +116,36 @@ struct Adam {
   }
 };
 
+// Lion (Chen et al. 2023), as in mlx.optimizers:
+//   c = beta1 m + (1 - beta1) g
+//   m = beta2 m + (1 - beta2) g
+//   p = p - learning_rate weight_decay p - learning_rate sign(c)
+struct Lion {
+  enum { NUM_STATES = 1, READS_STEP = 0 };
+  FLATSTEP_HYPERPARAMETERS(weight_decay, beta1, beta2)
+
+  struct Constants {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, learning_rate, decay;
+  };
+
+  static Constants prepare(Hyperparameters h, float rate, Step) {
+    float decay = rate * h.weight_decay.value;
+    return {h.beta1.value, h.beta1.one_minus, h.beta2.value, h.beta2.one_minus, rate, decay};
+  }
+
+  static Element<1> update(Constants c, Element<1> e, float g) {
+    float direction = c.beta1 * e.state[0] + c.one_minus_beta1 * g;
+    float sign = direction > 0.0f ? 1.0f : direction < 0.0f ? -1.0f : 0.0f;  // of NaN too
+    e.p -= decay_of(e.p, c.decay) + c.learning_rate * sign;
+    e.state[0] = c.beta2 * e.state[0] + c.one_minus_beta2 * g;
+    return e;
+  }
+};
+
 #define FLATSTEP_RULES(RULE) \
   RULE(Sgd, "sgd")           \
   RULE(Momentum, "momentum") \
-  RULE(Adam, "adam")
+  RULE(Adam, "adam")         \
+  RULE(Lion, "lion")
 
 }  // namespace flatstep

@@ -13,7 +13,6 @@ from mlx.optimizers import (
     Adafactor,
     Adagrad,
     Adamax,
-    Lion,
     MultiOptimizer,
     Muon,
     Optimizer,
@@ -221,3 +220,58 @@ class AdamW(Adam, mlx_optimizers.AdamW):
 
     def rule(self) -> _ext.Rule:
         return self._adam_rule(as_finite(f"{type(self).__name__} weight_decay", self.weight_decay))
+
+
+class Lion(FusedOptimizer, mlx_optimizers.Lion):
+    r"""The Lion optimizer [1]: steps of one size, along the sign of a momentum.
+
+    [1]: Chen, X. et al., 2023. Symbolic Discovery of Optimization Algorithms. arXiv:2302.06675.
+
+    .. math::
+
+        c_{t+1} &= \beta_1 m_t + (1 - \beta_1) g_t \\
+        m_{t+1} &= \beta_2 m_t + (1 - \beta_2) g_t \\
+        w_{t+1} &= w_t - \eta (\text{sign}(c_{t+1}) + \lambda w_t)
+
+    Its learning rate is best 3 to 10 times smaller than AdamW's, and its weight decay as much
+    larger.
+
+    Args:
+        learning_rate (float or callable): The learning rate :math:`\eta`.
+        betas (Tuple[float, float], optional): The coefficients :math:`(\beta_1, \beta_2)` of the
+          direction and of the momentum. Default: ``(0.9, 0.99)``
+        weight_decay (float, optional): The weight decay :math:`\lambda`. Default: ``0.0``
+        state_dtype (mx.Dtype, optional): How ``m`` is stored. Default: ``mx.float32``
+
+    Raises:
+        ValueError: an argument is not finite in float32, or out of its range.
+
+    Source: ``mlx.optimizers.Lion``.
+
+    Example:
+        >>> import flatstep as optim, mlx.core as mx
+        >>> optimizer = optim.Lion(learning_rate=0.1, weight_decay=0.1)
+        >>> optimizer.apply_gradients({"w": mx.full(2, -7.0)}, {"w": mx.ones(2)})
+        {'w': array([1.09, 1.09], dtype=float32)}
+    """
+
+    slots = ("m",)
+
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        betas: Sequence[float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        state_dtype: mx.Dtype | None = None,
+    ):
+        super().__init__(learning_rate, state_dtype)
+        self.betas: Any = betas
+        self.weight_decay = weight_decay
+        self.rule()
+
+    def rule(self) -> _ext.Rule:
+        beta1, beta2 = as_betas("Lion", self.betas)
+        weight_decay = as_finite("Lion weight_decay", self.weight_decay)
+        # MLX leaves out a decay that is negative.
+        return make_rule("lion", beta1=beta1, beta2=beta2, weight_decay=max(weight_decay, 0.0))

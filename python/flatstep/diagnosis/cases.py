@@ -47,6 +47,8 @@ RULES = [
     Case("Adam", {"betas": (0.8, 0.95), "eps": 1e-3, "bias_correction": True}),
     Case("AdamW", {"weight_decay": 0.1}),
     Case("AdamW", {"weight_decay": 0.1, "bias_correction": True}),
+    Case("Lion", {}),
+    Case("Lion", {"betas": (0.8, 0.95), "weight_decay": 0.1}),
 ]
 MOMENTUM, ADAM, ADAMW = RULES[3], RULES[6], RULES[8]
 

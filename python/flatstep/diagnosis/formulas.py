@@ -64,12 +64,29 @@ def adam(
     return {"p": [p, -learning_rate * weight_decay * p, *_scaled(factor, m)], "m": m, "v": v}
 
 
+def lion(
+    arrays: Mapping[str, Any],
+    learning_rate: float,
+    t: int,
+    *,
+    betas: Sequence[float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+) -> dict[str, Terms]:
+    p, g = arrays["p"], arrays["g"]
+    direction, m = ([beta * arrays["m"], (1 - beta) * g] for beta in betas)
+    # The sign of a sum as the sum over its magnitude: where it nearly cancels, so that rounding
+    # decides the sign, the terms are so large that either is within a few of their ulp.
+    factor = -learning_rate / (abs(total(direction)) + 1e-100)
+    return {"p": [p, -learning_rate * weight_decay * p, *_scaled(factor, direction)], "m": m}
+
+
 # By an optimizer's name. They take the arrays `p`, `g` and the state, the learning rate, the number
 # of the step, of which the first is 1, and what the optimizer is made with.
 RULES: dict[str, Callable[..., dict[str, Terms]]] = {
     "SGD": sgd,
     "Adam": adam,
     "AdamW": partial(adam, weight_decay=0.01),
+    "Lion": lion,
 }
 
 
