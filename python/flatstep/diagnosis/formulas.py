@@ -23,7 +23,7 @@ _FORMATS = {mx.float32: (24, -149), mx.float16: (11, -24), mx.bfloat16: (8, -133
 # How far a float32 result may be off; docs/numerics.md says why.
 STATE_ULPS = 6.0
 PARAMETER_ULPS = 12.0
-LEARNING_RATE_ULPS = 2.0
+LEARNING_RATE_ULPS = 1.0
 
 
 def sgd(
