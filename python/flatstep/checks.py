@@ -1,6 +1,7 @@
 """Checks of what a user passes: errors name the argument, its value and what is allowed."""
 
 import math
+import operator
 from typing import Any
 
 import mlx.core as mx
@@ -28,7 +29,9 @@ def as_number(name: str, value: Any) -> float:
     except OverflowError:
         return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
-        raise TypeError(misfit(name, "a number", repr(value))) from None
+        is_traced = isinstance(value, mx.array) and _ext.is_tracing()
+        shown = "an array that a compiled function is given" if is_traced else repr(value)
+        raise TypeError(misfit(name, "a number", shown)) from None
 
 
 def as_finite(name: str, value: Any, at_least: float = -math.inf) -> float:
@@ -155,6 +158,7 @@ def as_step(value: Any) -> mx.array:
         if mx.issubdtype(value.dtype, mx.signedinteger):
             return as_step(value.reshape(()).item())
         return value.astype(mx.uint64).reshape(())
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+    is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not is_whole or not 0 <= operator.index(value) < 2**63:
         raise ValueError(misfit("step", "a whole number from 0 to 2**63 - 1", repr(value)))
-    return mx.array(value, mx.uint64)
+    return mx.array(operator.index(value), mx.uint64)

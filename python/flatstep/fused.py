@@ -1,6 +1,7 @@
 """The base of the fused optimizers: the interface of ``mlx.optimizers.Optimizer`` on the engine."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -103,7 +104,7 @@ class FusedOptimizer(Optimizer):
             self._state = State(plain(state))
             Optimizer.init(self, parameters)
             return
-        layout, flat = state.make_flat(parameters, self.slots, self._state_dtype)
+        layout, flat = state.make_flat(parameters, self.slots, self.state_dtype)
         check_layout(state.layout, layout)
         state.commit(layout, flat, {})
         self._initialized = True
@@ -152,7 +153,7 @@ class FusedOptimizer(Optimizer):
         if layout is None or result is None:
             # The first step, or parameters were cast since `init`: lay them out as they are.
             part = matching_part(gradients, parameters)
-            layout, flat = state.make_flat(part, self.slots, self._state_dtype)
+            layout, flat = state.make_flat(part, self.slots, self.state_dtype)
             result = self._step(layout, flat, gradients, parameters, scheduled)
             assert result is not None
         updated, slots, step, learning_rate = result
@@ -168,7 +169,7 @@ class FusedOptimizer(Optimizer):
         """Initialize the state of one parameter; for subclasses that extend it."""
         check_array("init_single: parameter", parameter)
         for slot in self.slots:
-            state[slot] = mx.zeros(parameter.shape, self._state_dtype)
+            state[slot] = mx.zeros(parameter.shape, self.state_dtype)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
@@ -215,7 +216,7 @@ class FusedOptimizer(Optimizer):
                 f"state of an optimizer that keeps {', '.join(layout.slots)} was set on "
                 f"{type(self).__name__}, which keeps {', '.join(self.slots)}"
             )
-        self._state = adopted.in_dtype(self._state_dtype) if layout else adopted
+        self._state = adopted.in_dtype(self.state_dtype) if layout else adopted
         self._initialized = layout is not None
 
     @property
@@ -226,7 +227,7 @@ class FusedOptimizer(Optimizer):
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: float | mx.array) -> None:
-        self.state["learning_rate"] = as_learning_rate(learning_rate)
+        self.state["learning_rate"] = copy(as_learning_rate(learning_rate))
 
     # ---- What flatstep adds ----
 
@@ -325,10 +326,10 @@ class FusedOptimizer(Optimizer):
     @property
     def _is_customised(self) -> bool:
         """A subclass that has its own way with a single parameter gets MLX's loop over them."""
-        kind = type(self)
-        return (
-            kind.apply_single is not FusedOptimizer.apply_single
-            or kind.init_single is not FusedOptimizer.init_single
+        names = ("apply_single", "init_single")
+        return any(
+            name in vars(self) or getattr(type(self), name) is not getattr(FusedOptimizer, name)
+            for name in names
         )
 
     def _step(
@@ -362,7 +363,8 @@ class FusedOptimizer(Optimizer):
         return self._state.layout if isinstance(self._state, State) else None
 
     @property
-    def _state_dtype(self) -> mx.Dtype:
+    def state_dtype(self) -> mx.Dtype:
+        """How the state is stored; chosen when the optimizer is made."""
         dtype: mx.Dtype = getattr(mx, self._state_dtype_name)
         return dtype
 
@@ -388,7 +390,7 @@ class FusedOptimizer(Optimizer):
             plain = plain_schedule(parameter)
             self.state[name] = as_learning_rate(plain(0) if plain else parameter(self.step))
         else:
-            self.state[name] = as_learning_rate(parameter)
+            self.learning_rate = parameter
 
     def _usable_state(self) -> State:
         state = self._state

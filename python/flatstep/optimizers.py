@@ -153,7 +153,7 @@ class Adam(FusedOptimizer, mlx_optimizers.Adam):
         self.betas: Any = betas
         self.eps = eps
         self.bias_correction = bias_correction
-        self.rule()
+        self._adam_rule(0.0)
 
     def rule(self) -> _ext.Rule:
         return self._adam_rule(0.0)
@@ -215,8 +215,9 @@ class AdamW(Adam, mlx_optimizers.AdamW):
         *,
         state_dtype: mx.Dtype | None = None,
     ):
-        self.weight_decay = weight_decay
         super().__init__(learning_rate, betas, eps, bias_correction, state_dtype=state_dtype)
+        self.weight_decay = weight_decay
+        self.rule()
 
     def rule(self) -> _ext.Rule:
         return self._adam_rule(as_finite(f"{type(self).__name__} weight_decay", self.weight_decay))
