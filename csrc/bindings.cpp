@@ -93,11 +93,11 @@ void bind_rules(nb::module_& m) {
       .def_prop_ro(
           "groups",
           [](const Rule& rule) {
-            nb::list groups;
+            std::vector<nb::bytes> groups;
             for (const Hyperparameters& h : rule.groups()) {
-              groups.append(nb::bytes(h.data(), sizeof(h)));
+              groups.emplace_back(h.data(), sizeof(h));
             }
-            return nb::tuple(groups);
+            return groups;
           },
           "The hyperparameters of each group of parameters, as a kernel gets them.");
 }

@@ -61,34 +61,6 @@ void share(const mx::array& source, mx::array& flat, int64_t offset = 0) {
       source, flat.strides(), {true, true, flat.size() <= 1}, flat.size(), offset);
 }
 
-void require(bool ok, const char* message) {
-  if (!ok) {
-    throw std::invalid_argument(std::string("[fused_update] ") + message);
-  }
-}
-
-bool is_scalar(const mx::array& a, mx::Dtype dtype) {
-  return a.size() == 1 && a.dtype() == dtype;
-}
-
-// Parameters and gradients are as the layout says.
-void check(const BucketPlan& plan, const StepInputs& in) {
-  require(is_scalar(in.step, mx::uint64), "step should be a uint64 scalar.");
-  require(
-      in.schedule || (in.learning_rate && is_scalar(*in.learning_rate, mx::float32)),
-      "learning_rate should be a float32 scalar.");
-  require(
-      in.state.size() == in.rule.num_states(),
-      "there should be a state array for each that the rule has.");
-  for (const auto& buckets : in.state) {
-    const mx::array& state = buckets.at(plan.bucket);
-    require(is_supported(state.dtype()), "state should be float32, float16 or bfloat16.");
-    require(
-        state.size() >= plan.segments.back().state_offset + plan.segments.back().size,
-        "a state array is too small.");
-  }
-}
-
 }  // namespace
 
 Home::Home(const BucketPlan& plan, const mx::array* leaves, bool must_have_all)
@@ -134,12 +106,17 @@ std::map<std::string, uint64_t> reuse_counters() {
 }
 
 std::vector<mx::array> fused_update(std::shared_ptr<const BucketPlan> plan, StepInputs& in) {
-  check(*plan, in);
   std::vector<mx::Shape> shapes{plan->p_shape()};
   std::vector<mx::Dtype> dtypes{plan->dtype};
+  const Segment& last = plan->segments.back();
   for (const auto& buckets : in.state) {
-    shapes.push_back(buckets[plan->bucket].shape());
-    dtypes.push_back(buckets[plan->bucket].dtype());
+    const mx::array& state = buckets.at(plan->bucket);
+    storage_of(state.dtype());
+    if (state.size() < last.state_offset + last.size) {
+      throw std::invalid_argument("[step] a state array is too small.");
+    }
+    shapes.push_back(state.shape());
+    dtypes.push_back(state.dtype());
   }
   auto node = std::make_shared<FusedUpdate>(std::move(plan), in, shapes);
   return mx::array::make_arrays(std::move(shapes), dtypes, node, node->operands().take_inputs());

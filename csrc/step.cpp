@@ -1,5 +1,7 @@
 #include "step.h"
 
+#include <stdexcept>
+
 #include "advance.h"
 #include "backend/backend.h"
 #include "backend/metal_arguments.h"
@@ -8,6 +10,22 @@
 namespace flatstep {
 
 namespace {
+
+// Parameters and gradients are as the layout says.
+void check(const StepInputs& in) {
+  auto is_scalar = [](const mx::array& a, mx::Dtype dtype) {
+    return a.size() == 1 && a.dtype() == dtype;
+  };
+  if (!is_scalar(in.step, mx::uint64)) {
+    throw std::invalid_argument("[step] step should be a uint64 scalar.");
+  }
+  if (!in.schedule && !(in.learning_rate && is_scalar(*in.learning_rate, mx::float32))) {
+    throw std::invalid_argument("[step] learning_rate should be a float32 scalar.");
+  }
+  if (in.state.size() != in.rule.num_states()) {
+    throw std::invalid_argument("[step] state should have an array for each that the rule has.");
+  }
+}
 
 // The outputs of an Advance of this step.
 std::vector<mx::array> advance(const StepInputs& in, const mx::array& step, bool makes_constants) {
@@ -34,6 +52,7 @@ std::vector<mx::array> advance(const StepInputs& in, const mx::array& step, bool
 
 StepInputs update_leaves(const Layout& layout, const std::vector<size_t>& leaves, StepInputs in) {
   require_backend(in.stream.device);
+  check(in);
   bool makes_constants = !holds_operands(in.stream.device);
   auto next = advance(in, in.step, makes_constants);
   if (makes_constants) {

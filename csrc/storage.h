@@ -2,7 +2,7 @@
 // and Metal compile this same text.
 //
 // A storage is a struct: the type of what lies in memory, and a load and a store of one value. The
-// table at the end lists them; the CPU's loops, the kernels' instances and what is allowed follow
+// table at the end lists them; the CPU's loops and the kernels' instances follow
 // from it. Each array has one storage, and each storage one array.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace flatstep {
 
-// What rounding by chance may depend on, so that it is the same on every backend.
+// What rounding by chance may depend on. A storage that uses it needs the step as an operand.
 struct RoundingKey {
   Step element;  // its number in the flat array
   Step step;

@@ -56,10 +56,10 @@ Rule::Rule(const std::string& name, const std::map<std::string, double>& values)
   }
   index_ = found - kRules;
   Hyperparameters group{};
-  std::istringstream names(found->names);
-  std::string next;
   size_t count = 0;
-  for (; std::getline(names >> std::ws, next, ','); ++count) {
+  for (std::string names = found->names; !names.empty(); ++count) {
+    std::string next = names.substr(0, names.find(", "));
+    names.erase(0, next.size() + 2);
     auto value = values.find(next);
     if (value == values.end()) {
       throw std::invalid_argument("[Rule] " + name + " needs " + next + ".");

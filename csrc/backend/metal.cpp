@@ -22,6 +22,7 @@ namespace metal = mx::metal;
 
 // ---- Kernels: compiled when first asked for, and kept by MLX. ----
 
+static_assert(FLATSTEP_STATE + kMaxStates == FLATSTEP_CONSTANTS);
 static_assert(sizeof(Constants) == FLATSTEP_RULE_WORDS * sizeof(uint32_t));
 static_assert(sizeof(Hyperparameters) == FLATSTEP_HYPERPARAMETER_WORDS * sizeof(uint32_t));
 

@@ -5,12 +5,20 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <new>
+
+#include "tables.h"
 
 namespace flatstep {
 
 namespace {
+
+// What a panel can be copied as.
+static_assert(std::all_of(std::begin(kStorages), std::end(kStorages), [](const StorageTraits& s) {
+  return s.bytes == sizeof(uint32_t) || s.bytes == sizeof(uint16_t);
+}));
 
 // A panel of columns is so wide, and so many of its elements stay in the cache.
 constexpr size_t kPanelElements = size_t(1) << 16;

@@ -17,7 +17,7 @@ class Rule:
         """The name of its struct in csrc/rules.h."""
 
     @property
-    def groups(self) -> tuple:
+    def groups(self) -> list[bytes]:
         """
         The hyperparameters of each group of parameters, as a kernel gets them.
         """

@@ -1,4 +1,4 @@
-"""SGD, Adam and AdamW with the interface of ``mlx.optimizers``, on the fused engine."""
+"""The optimizers with the interface of ``mlx.optimizers``, on the fused engine."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -24,8 +24,8 @@ from . import _ext
 from .checks import as_betas, as_finite
 from .fused import FlatUpdate, FusedOptimizer, LearningRate
 
-__all__ = ["SGD", "Adam", "AdamW", "FlatUpdate"]
-__all__ += ["AdaDelta", "Adafactor", "Adagrad", "Adamax", "Lion", "Muon", "RMSprop"]
+__all__ = ["SGD", "Adam", "AdamW", "FlatUpdate", "Lion"]
+__all__ += ["AdaDelta", "Adafactor", "Adagrad", "Adamax", "Muon", "RMSprop"]
 __all__ += ["MultiOptimizer", "Optimizer", "clip_grad_norm"]
 
 
