@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -81,22 +82,14 @@ def problem(seed: int) -> tuple[Any, Any]:
 
 def in_threads(*works: Callable[[], None]) -> None:
     """Runs them at once, each in a thread and on a stream of its own; raises what they raise."""
-    errors: list[BaseException] = []
 
     def run(work: Callable[[], None]) -> None:
-        try:
-            with mx.stream(mx.new_stream(mx.cpu)):
-                work()
-        except BaseException as error:
-            errors.append(error)
+        with mx.stream(mx.new_stream(mx.cpu)):
+            work()
 
-    threads = [threading.Thread(target=run, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(len(works)) as pool:
+        for done in [pool.submit(run, work) for work in works]:
+            done.result()
 
 
 @every_rule
