@@ -20,8 +20,6 @@ def misfit(name: str, wanted: str, found: Any) -> str:
 
 
 def as_number(name: str, value: Any) -> float:
-    if type(value) is float:
-        return value
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
@@ -36,21 +34,25 @@ def as_number(name: str, value: Any) -> float:
 
 def as_finite(name: str, value: Any, at_least: float = -math.inf) -> float:
     """A number that is finite in float32, and not below the least that is allowed."""
-    number = as_number(name, value)
+    number = value if type(value) is float else as_number(name, value)
     if not (abs(number) < FLOAT32_LIMIT and number >= at_least):
         allowed = "finite in float32" + (f" and >={at_least:g}" if at_least > -math.inf else "")
         raise ValueError(misfit(name, allowed, f"{number:g}"))
     return number
 
 
-def as_betas(name: str, values: Any) -> tuple[float, ...]:
+def as_betas(name: str, values: Any) -> list[float]:
     """Two numbers in [0, 1)."""
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(misfit(f"{name} betas", "two numbers", repr(values)))
-    betas = tuple([as_number(f"{name} beta{i}", value) for i, value in enumerate(values, 1)])
-    for i, beta in enumerate(betas, 1):
-        if not 0 <= beta < 1:
-            raise ValueError(misfit(f"{name} beta{i}", "in [0, 1)", f"{beta:g}"))
+    betas: list[float] = []
+    for value in values:
+        if not (type(value) is float and 0 <= value < 1):
+            label = f"{name} beta{len(betas) + 1}"
+            value = as_number(label, value)
+            if not 0 <= value < 1:
+                raise ValueError(misfit(label, "in [0, 1)", f"{value:g}"))
+        betas.append(value)
     if len(betas) != 2:
         raise ValueError(f"{name} betas should be two numbers, {len(betas)} were provided instead")
     return betas
