@@ -66,10 +66,14 @@ def test_ctrl_c_ends_it_with_a_word_and_what_was_measured(tmp_path: Path) -> Non
         stderr=subprocess.PIPE,
         encoding="utf-8",
         start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
         # A job that a shell has put in the background inherits an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    time.sleep(2.0)
+    assert process.stdout
+    while "Steps on" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the worker gets it, too
     output, errors = process.communicate(timeout=30)
     assert process.returncode == bench.INTERRUPTED, output + errors
