@@ -69,28 +69,39 @@ def test_only_what_is_not_evaluated_is_an_input(
     assert inputs_of_update(updated) == inputs
 
 
+def in_one_buffer(optimizer: Any, leaves: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The same values as views of one buffer, where the optimizer has its parameters."""
+    layout, dtype = optimizer.layout, leaves["a"].dtype
+    blocks = -(-max(s.offset + s.size for s in layout) // 64)
+    flat = mx.zeros((blocks * 64,), dtype)
+    for leaf, s in zip(leaves.values(), layout, strict=True):
+        flat = flat.at[s.offset : s.offset + s.size].add(leaf.reshape(-1))
+    flat = flat.reshape(blocks, 64)
+    mx.eval(flat)
+    views = [mx.as_strided(flat, list(s.shape), offset=s.offset) for s in layout]
+    mx.eval(views)
+    return dict(zip(leaves, views, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize("gradient_dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("has_two_dtypes", [False, True], ids=["one dtype", "two dtypes"])
 def test_gradients_in_one_buffer_are_what_they_are_apart(
-    dtype: mx.Dtype, gradient_dtype: mx.Dtype
+    dtype: mx.Dtype, gradient_dtype: mx.Dtype, has_two_dtypes: bool
 ) -> None:
     results = []
     for are_flat in (False, True):
         optimizer, parameters = trained(1e-3, dtype=dtype)
-        gradients = new_tree(5, gradient_dtype)
-        if are_flat:
-            layout = optimizer.layout
-            blocks = -(-max(s.offset + s.size for s in layout) // 64)
-            flat = mx.zeros((blocks, 64), gradient_dtype)
-            places = [(list(s.shape), s.offset) for s in layout]
-            for leaf, (_, at) in zip(gradients.values(), places, strict=True):
-                flat = flat.reshape(-1).at[at : at + leaf.size].add(leaf.reshape(-1))
-            flat = flat.reshape(blocks, 64)
-            mx.eval(flat)
-            views = [mx.as_strided(flat, shape, offset=at) for shape, at in places]
-            mx.eval(views)
-            gradients = dict(zip(gradients, views, strict=True))
+        gradients = in_one_buffer(optimizer, new_tree(5, gradient_dtype))
+        if has_two_dtypes and gradient_dtype != mx.float32:
+            other = mx.bfloat16 if gradient_dtype == mx.float16 else mx.float16
+            gradients["c"] = gradients["c"].view(other)
+            mx.eval(gradients)
+        else:
             assert dtype != gradient_dtype or optimizer.is_flat(gradients)
+        if not are_flat:
+            gradients = {name: gradient * 1 for name, gradient in gradients.items()}
+            mx.eval(gradients)
         before = _ext.reuse_counters()["state_in_place"]
         updated = optimizer.apply_gradients(gradients, parameters)
         mx.eval(updated, optimizer.state)

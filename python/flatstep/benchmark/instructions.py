@@ -162,7 +162,9 @@ def accept(entries: list[dict[str, Any]], here: dict[str, str], counts: Counts) 
     rounded = {case: {k: round(n, 1) for k, n in parts.items()} for case, parts in counts.items()}
     others = [entry for entry in entries if entry["environment"] != here]
     entries = [*others, {"environment": here, "counts": rounded}]
-    ACCEPTED.write_text(json.dumps(entries, indent=1) + "\n")
+    # A case's parts in a line.
+    text = re.sub(r"\n {4,}|\n {3}(?=})", " ", json.dumps(entries, indent=1))
+    ACCEPTED.write_text(text + "\n")
 
 
 def verdict(entries: list[dict[str, Any]], here: dict[str, str], counts: Counts) -> bool:
