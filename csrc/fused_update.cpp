@@ -163,8 +163,7 @@ FusedUpdate::FusedUpdate(
     operands_.add(Operand::constants, *in.constants);
     return;
   }
-  // With a fixed rate and a rule that does not ask for it nothing depends on the step.
-  if (schedule_ || rule_.traits().reads_step) {
+  if (in.reads_step()) {
     operands_.add(Operand::step, in.step);
   }
   if (!schedule_) {

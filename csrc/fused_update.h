@@ -28,6 +28,11 @@ struct StepInputs {
   std::vector<std::vector<mx::array>> state;  // by number, then bucket
   mx::Stream stream;
   std::optional<mx::array> constants{};  // on a GPU, from Advance
+
+  // With a fixed rate and a rule that does not ask for it nothing depends on the step.
+  bool reads_step() const {
+    return schedule || rule.traits().reads_step;
+  }
 };
 
 // Adds the update of a bucket to the graph: the flat parameters, then the state. Throws

@@ -28,7 +28,7 @@ void check(const StepInputs& in) {
 }
 
 // The outputs of an Advance of this step.
-std::vector<mx::array> advance(const StepInputs& in, const mx::array& step, bool makes_constants) {
+std::vector<mx::array> advance(const StepInputs& in, const mx::array& step) {
   std::vector<mx::array> inputs{step};
   std::vector<mx::Shape> shapes{{}};
   std::vector<mx::Dtype> dtypes{mx::uint64};
@@ -36,7 +36,7 @@ std::vector<mx::array> advance(const StepInputs& in, const mx::array& step, bool
     shapes.push_back({});
     dtypes.push_back(mx::float32);
   }
-  if (makes_constants) {
+  if (!holds_operands(in.stream.device)) {
     auto groups = static_cast<mx::ShapeElem>(in.rule.groups().size());
     shapes.push_back({groups, FLATSTEP_GROUP_WORDS});
     dtypes.push_back(mx::uint32);
@@ -53,14 +53,11 @@ std::vector<mx::array> advance(const StepInputs& in, const mx::array& step, bool
 StepInputs update_leaves(const Layout& layout, const std::vector<size_t>& leaves, StepInputs in) {
   require_backend(in.stream.device);
   check(in);
-  bool makes_constants = !holds_operands(in.stream.device);
-  auto next = advance(in, in.step, makes_constants);
-  if (makes_constants) {
-    bool reads_step = in.schedule || in.rule.traits().reads_step;
+  auto next = advance(in, in.step);
+  if (!holds_operands(in.stream.device)) {
     // Where a compiled function does not return its state, there is no step to read at a replay.
-    in.constants = reads_step || !is_tracing()
-                       ? next.back()
-                       : advance(in, mx::array(uint64_t{0}), makes_constants).back();
+    in.constants =
+        in.reads_step() || !is_tracing() ? next.back() : advance(in, mx::array(uint64_t{0})).back();
   }
   // A trace is replayed with the same leaves.
   auto plans = layout.plan(leaves, /* recurs */ is_tracing());
