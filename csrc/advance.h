@@ -18,7 +18,10 @@ class Advance : public UpdatePrimitive {
   // outputs are the next step; with a schedule the learning rate, its value at `step`; and on a GPU
   // the constants of the updates.
   Advance(const StepInputs& in, std::vector<mx::Shape> shapes)
-      : UpdatePrimitive(in.stream, std::move(shapes)), schedule_(in.schedule), rule_(in.rule) {
+      : UpdatePrimitive(in.stream, std::move(shapes)),
+        schedule_(in.schedule),
+        rule_(in.rule),
+        seed_(in.seed) {
   }
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
@@ -32,10 +35,14 @@ class Advance : public UpdatePrimitive {
   const Rule& rule() const {
     return rule_;
   }
+  uint32_t seed() const {
+    return seed_;
+  }
 
  private:
   std::shared_ptr<const Schedule> schedule_;
   Rule rule_;
+  uint32_t seed_;
 };
 
 }  // namespace flatstep

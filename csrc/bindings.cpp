@@ -12,6 +12,7 @@
 #include "backend/cpu_loops.h"
 #include "backend/floor.h"
 #include "backend/thread_pool.h"
+#include "convert.h"
 #include "fused_update.h"
 #include "mlx/transforms.h"
 #include "step.h"
@@ -41,6 +42,8 @@ std::optional<std::tuple<nb::object, State, mx::array, std::optional<mx::array>>
     const StateLists& state,
     const mx::array& step_count,
     std::optional<mx::array> learning_rate,
+    Rounding rounding,
+    uint32_t seed,
     mx::StreamOrDevice s) {
   GivenLeaves given = collect_leaves(layout, skeleton, gradients, parameters);
   if (given.dtype_changed) {
@@ -54,7 +57,9 @@ std::optional<std::tuple<nb::object, State, mx::array, std::optional<mx::array>>
       std::move(given.parameters),
       std::move(given.gradients),
       nb::cast<State>(state),
-      mx::to_stream(s)};
+      mx::to_stream(s),
+      rounding,
+      seed};
   StepInputs next = update_leaves(layout, given.leaves, std::move(inputs));
   return std::tuple(
       rebuild_tree(gradients, std::move(next.parameters)),
@@ -75,7 +80,8 @@ std::optional<double> known_value(const mx::array& a) {
     return std::nullopt;
   }
   float value;
-  cpu_loops().load[static_cast<size_t>(storage_of(a.dtype()))](a.data<void>(), &value, 1);
+  auto storage = static_cast<size_t>(storage_of(a.dtype()));
+  cpu_loops().load[storage](a.data<void>(), nullptr, &value, 1);
   return value;
 }
 
@@ -86,6 +92,8 @@ void bind_rules(nb::module_& m) {
           "name"_a,
           "values"_a)
       .def_prop_ro("num_states", &Rule::num_states, "How many state arrays a step updates.")
+      .def(
+          "has_sign", &Rule::has_sign, "k"_a, "Whether values of state number k may be below zero.")
       .def_prop_ro(
           "type",
           [](const Rule& rule) { return rule.traits().type; },
@@ -100,6 +108,61 @@ void bind_rules(nb::module_& m) {
             return groups;
           },
           "The hyperparameters of each group of parameters, as a kernel gets them.");
+}
+
+void bind_storages(nb::module_& m) {
+  nb::enum_<Rounding>(m, "Rounding", "How half-precision parameters are rounded.")
+      .value("NEAREST", Rounding::nearest)
+      .value("STOCHASTIC", Rounding::stochastic)
+      .value("KEEP_8_BITS", Rounding::keep_8_bits)
+      .value("KEEP_16_BITS", Rounding::keep_16_bits);
+  m.def(
+      "block_bytes",
+      [] { return traits_of(code_storage(true)).block_bytes; },
+      "Of a block of 8-bit codes with its scale.");
+  m.def(
+      "rest_bytes",
+      [](Rounding rounding, mx::Dtype dtype) {
+        return traits_of(parameter_storage(dtype, rounding)).rest_bytes;
+      },
+      "rounding"_a,
+      "dtype"_a,
+      "Of what lies beside a block of parameters; 0: nothing.");
+  m.def(
+      "load_codes",
+      [](const mx::array& blocks, bool has_sign) {
+        return load_blocks(code_storage(has_sign), {blocks});
+      },
+      "blocks"_a,
+      "has_sign"_a,
+      "Codes and scales as float32 of shape (blocks, 64).");
+  m.def(
+      "store_codes",
+      [](const mx::array& values, bool has_sign) {
+        return store_blocks(code_storage(has_sign), values)[0];
+      },
+      "values"_a,
+      "has_sign"_a,
+      "Codes and scales of float32 of shape (blocks, 64).");
+  m.def(
+      "load_split",
+      [](const mx::array& parameters, const mx::array& rests, Rounding rounding) {
+        return load_blocks(parameter_storage(parameters.dtype(), rounding), {parameters, rests});
+      },
+      "parameters"_a,
+      "rests"_a,
+      "rounding"_a,
+      "Master weights as float32 of shape (blocks, 64).");
+  m.def(
+      "store_split",
+      [](const mx::array& values, mx::Dtype dtype, Rounding rounding) {
+        auto stored = store_blocks(parameter_storage(dtype, rounding), values);
+        return std::pair(stored.at(0), stored.at(1));
+      },
+      "values"_a,
+      "dtype"_a,
+      "rounding"_a,
+      "Parameters of this dtype, of shape (blocks, 64), and their rests.");
 }
 
 void bind_schedules(nb::module_& m) {
@@ -131,10 +194,12 @@ void bind_layout(nb::module_& m) {
               const std::vector<std::string>&,
               const std::vector<mx::Shape>&,
               const std::vector<mx::Dtype>&,
+              const std::vector<uint32_t>&,
               size_t>(),
           "paths"_a,
           "shapes"_a,
           "dtypes"_a,
+          "kinds"_a,
           "bucket_bytes"_a)
       .def_prop_ro(
           "segments",
@@ -207,6 +272,7 @@ NB_MODULE(_ext, m) {
   m.doc() = "The compiled engine of flatstep.";
   nb::module_::import_("mlx.core");
   bind_rules(m);
+  bind_storages(m);
   bind_schedules(m);
   bind_layout(m);
   bind_cpu(m);
@@ -229,6 +295,8 @@ NB_MODULE(_ext, m) {
       "state"_a,
       "step"_a,
       "learning_rate"_a.none(),
+      "rounding"_a = Rounding::nearest,
+      "seed"_a = 0,
       "stream"_a = nb::none(),
       "One step over a tree: (parameters, state, step, learning_rate), or None when a parameter's "
       "dtype is not the layout's.");

@@ -37,12 +37,16 @@ typedef uint uint32_t;
 
 namespace flatstep {
 
+// Narrow: what holds 16 bits. A vector takes twice as many as of 32; a GPU's thread has registers
+// of 32, from and to which 16 would be converted.
 #ifdef __METAL_VERSION__
 typedef ulong Step;
 typedef long SignedStep;
+typedef uint Narrow;
 #else
 typedef uint64_t Step;
 typedef int64_t SignedStep;
+typedef uint16_t Narrow;
 #endif
 
 }  // namespace flatstep

@@ -109,11 +109,24 @@ std::vector<mx::array> fused_update(std::shared_ptr<const BucketPlan> plan, Step
   std::vector<mx::Shape> shapes{plan->p_shape()};
   std::vector<mx::Dtype> dtypes{plan->dtype};
   const Segment& last = plan->segments.back();
-  for (const auto& buckets : in.state) {
-    const mx::array& state = buckets.at(plan->bucket);
-    storage_of(state.dtype());
-    if (state.size() < last.state_offset + last.size) {
-      throw std::invalid_argument("[step] a state array is too small.");
+  size_t end = last.state_offset + last.size;
+  size_t rest_bytes = traits_of(parameter_storage(plan->dtype, in.rounding)).rest_bytes;
+  for (size_t k = 0; k < in.rule.num_states() + (rest_bytes > 0); ++k) {
+    const mx::array& state = in.state[k].at(plan->bucket);
+    bool is_rest = k == in.rule.num_states();
+    bool fits = state.size() >= end;
+    if (is_rest || state.dtype() == mx::uint8) {
+      size_t block_bytes = is_rest ? rest_bytes : traits_of(Storage::SignedCodes).block_bytes;
+      size_t blocks = (end + kBlock - 1) / kBlock;
+      fits = state.dtype() == mx::uint8 && state.ndim() == 2 &&
+             static_cast<size_t>(state.shape(1)) == block_bytes &&
+             static_cast<size_t>(state.shape(0)) >= blocks;
+    } else {
+      storage_of(state.dtype());
+    }
+    if (!fits) {
+      throw std::invalid_argument(
+          "[step] a state array has too few elements, or is not in blocks as it should be.");
     }
     shapes.push_back(state.shape());
     dtypes.push_back(state.dtype());
@@ -128,6 +141,8 @@ FusedUpdate::FusedUpdate(
       plan_(std::move(plan)),
       rule_(in.rule),
       schedule_(in.schedule),
+      p_storage_(parameter_storage(plan_->dtype, in.rounding)),
+      seed_(in.seed),
       operands_(holds_operands(in.stream.device) && !is_tracing()) {
   auto take = [this](std::vector<mx::array>& given, size_t room) {
     std::vector<mx::array> leaves;
@@ -152,18 +167,18 @@ FusedUpdate::FusedUpdate(
     return {};
   };
   // These first, since their list becomes that of the operands, with room for the others.
-  std::vector<mx::array> gradients = take(in.gradients, num_states() + 3);
+  std::vector<mx::array> gradients = take(in.gradients, num_state_arrays() + 3);
   has_flat_gradients_ = add(Operand::gradients, gradients).has_value();
   leaves_ = take(in.parameters, 0);
   home_ = add(Operand::parameters, leaves_);
-  for (size_t k = 0; k < num_states(); ++k) {
+  for (size_t k = 0; k < num_state_arrays(); ++k) {
     operands_.add(state_operand(k), std::move(in.state[k][plan_->bucket]));
   }
   if (in.constants) {
     operands_.add(Operand::constants, *in.constants);
     return;
   }
-  if (in.reads_step()) {
+  if (in.reads_step) {
     operands_.add(Operand::step, in.step);
   }
   if (!schedule_) {
@@ -177,7 +192,7 @@ bool FusedUpdate::place_outputs(
     const std::function<void()>& settle) {
   bool in_place = place_parameters(inputs, outputs, settle);
   bool is_on_gpu = !holds_operands(stream().device);
-  for (size_t k = 0; k < num_states(); ++k) {
+  for (size_t k = 0; k < num_state_arrays(); ++k) {
     const mx::array& in = *operands_.get(state_operand(k), inputs);
     mx::array& out = outputs[1 + k];
     long uses = own_uses(state_operand(k), outputs);

@@ -27,11 +27,14 @@ struct StepInputs {
   std::vector<mx::array> gradients;
   std::vector<std::vector<mx::array>> state;  // by number, then bucket
   mx::Stream stream;
+  Rounding rounding{Rounding::nearest};  // of half-precision parameters
+  uint32_t seed{0};                      // of what is rounded by chance
   std::optional<mx::array> constants{};  // on a GPU, from Advance
+  bool reads_step{true};                 // what this step does depends on which it is
 
-  // With a fixed rate and a rule that does not ask for it nothing depends on the step.
-  bool reads_step() const {
-    return schedule || rule.traits().reads_step;
+  // How many lists of state arrays there are: what is kept of parameters follows the rule's.
+  size_t num_lists() const {
+    return rule.num_states() + (rounding >= Rounding::keep_8_bits);
   }
 };
 
@@ -110,6 +113,20 @@ class FusedUpdate : public UpdatePrimitive {
   size_t num_states() const {
     return rule_.num_states();
   }
+  // With what lies beside the parameters.
+  size_t num_state_arrays() const {
+    return num_states() + (traits_of(p_storage_).rest_bytes > 0);
+  }
+  Storage p_storage() const {
+    return p_storage_;
+  }
+  // Of the rule's state number k.
+  Storage state_storage(size_t k, const mx::array& state) const {
+    return state.dtype() == mx::uint8 ? code_storage(rule_.has_sign(k)) : storage_of(state.dtype());
+  }
+  uint32_t seed() const {
+    return seed_;
+  }
   size_t num_segments() const {
     return plan_->segments.size();
   }
@@ -142,6 +159,8 @@ class FusedUpdate : public UpdatePrimitive {
   std::shared_ptr<const BucketPlan> plan_;
   Rule rule_;
   std::shared_ptr<const Schedule> schedule_;
+  Storage p_storage_;
+  uint32_t seed_;
   Operands operands_;
   // Of flat parameters: somebody may hold one of them.
   std::vector<mx::array> leaves_;

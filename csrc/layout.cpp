@@ -16,6 +16,15 @@ size_t blocks_for(size_t elements) {
   return (elements + kBlock - 1) / kBlock;
 }
 
+// FNV-1a.
+uint32_t hash_of(const std::string& text) {
+  uint32_t hash = 2166136261u;
+  for (unsigned char c : text) {
+    hash = (hash ^ c) * 16777619u;
+  }
+  return hash;
+}
+
 }  // namespace
 
 mx::Shape BucketPlan::p_shape() const {
@@ -26,22 +35,26 @@ Layout::Layout(
     const std::vector<std::string>& paths,
     const std::vector<mx::Shape>& shapes,
     const std::vector<mx::Dtype>& dtypes,
+    const std::vector<uint32_t>& kinds,
     size_t bucket_bytes) {
-  if (paths.size() != shapes.size() || paths.size() != dtypes.size()) {
-    throw std::invalid_argument("[Layout] paths, shapes and dtypes should have the same length.");
+  if (paths.size() != shapes.size() || paths.size() != dtypes.size() ||
+      paths.size() != kinds.size()) {
+    throw std::invalid_argument(
+        "[Layout] paths, shapes, dtypes and kinds should have the same length.");
   }
-  // One open bucket for each dtype, so that float32 norms among bfloat16 weights don't split them.
-  std::map<mx::Dtype::Val, size_t> open_bucket;
+  // One open bucket for each, so that float32 norms among bfloat16 weights don't split them.
+  std::map<std::pair<mx::Dtype::Val, uint32_t>, size_t> open_bucket;
   for (size_t i = 0; i < paths.size(); ++i) {
     Leaf leaf{paths[i], shapes[i], dtypes[i], size_of_shape(shapes[i])};
     size_t blocks = blocks_for(leaf.size);
     size_t block_bytes = kBlock * mx::size_of(leaf.dtype);
-    size_t& open = open_bucket.try_emplace(leaf.dtype.val(), kNone).first->second;
+    size_t& open = open_bucket.try_emplace({leaf.dtype.val(), kinds[i]}, kNone).first->second;
     if (open == kNone || (buckets_[open].blocks + blocks) * block_bytes > bucket_bytes) {
       open = buckets_.size();
       buckets_.push_back(Bucket{leaf.dtype});
     }
     leaf.bucket = open;
+    leaf.name = hash_of(leaf.path);
     Bucket& bucket = buckets_[leaf.bucket];
     leaf.offset = bucket.blocks * kBlock;
     bucket.blocks += blocks;
@@ -97,7 +110,13 @@ BucketPlans Layout::make_plans(const std::vector<size_t>& given, bool recurs) co
         continue;
       }
       plan.segments.push_back(
-          {position[index], leaf.size, plan.p_blocks * kBlock, leaf.offset, k, leaf.group});
+          {position[index],
+           leaf.size,
+           plan.p_blocks * kBlock,
+           leaf.offset,
+           k,
+           leaf.group,
+           leaf.name});
       plan.p_blocks += blocks_for(leaf.size);
     }
     if (plan.segments.empty()) {

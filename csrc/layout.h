@@ -12,11 +12,12 @@
 
 #include "kept_leaves.h"
 #include "mlx/array.h"
+#include "storage.h"
 #include "view.h"
 
 namespace flatstep {
 
-inline constexpr size_t kBlock = 64;
+inline constexpr size_t kBlock = FLATSTEP_BLOCK;
 
 struct Leaf {
   std::string path;
@@ -26,6 +27,7 @@ struct Leaf {
   size_t bucket{0};
   size_t offset{0};   // in elements, in the bucket's flat arrays
   uint32_t group{0};  // of parameters, which have hyperparameters in common
+  uint32_t name{0};   // a hash of the path: wherever the leaf lies, it is rounded alike
 };
 
 struct Bucket {
@@ -44,6 +46,7 @@ struct Segment {
   size_t state_offset;
   size_t leaf;  // its number in the bucket
   uint32_t group;
+  uint32_t name;
 };
 
 struct Range {
@@ -69,11 +72,13 @@ using BucketPlans = std::vector<std::shared_ptr<const BucketPlan>>;
 
 class Layout {
  public:
-  // A bucket takes leaves of one dtype until it holds `bucket_bytes` of parameters.
+  // A bucket takes leaves of one dtype, and of one kind of state, until it holds `bucket_bytes` of
+  // parameters.
   Layout(
       const std::vector<std::string>& paths,
       const std::vector<mx::Shape>& shapes,
       const std::vector<mx::Dtype>& dtypes,
+      const std::vector<uint32_t>& kinds,
       size_t bucket_bytes);
 
   const std::vector<Leaf>& leaves() const {

@@ -1,10 +1,11 @@
 // The update rules: what one step does to one element. The only place where their arithmetic
 // stands; C++ and Metal compile this same text.
 //
-// A rule is a struct: how many state values an element has, whether the number of a step matters,
-// what a user sets, what is the same for every element of a step (Constants, from `prepare`), and
-// the update of an element, in plain float32 as its paper reads. The table at the end lists them;
-// loops, kernels, bindings and tests follow from it.
+// A rule is a struct: how many state values an element has and which of them are never below zero
+// (a bit for each), whether the number of a step matters, what a user sets, what is the same for
+// every element of a step (Constants, from `prepare`), and the update of an element, in plain
+// float32 as its paper reads. The table at the end lists them; loops, kernels, bindings and tests
+// follow from it.
 #pragma once
 
 #include "pair.h"
@@ -49,7 +50,7 @@ FLATSTEP_FN float decay_of(float p, float rate) {
 //   p  = p - learning_rate (v, or g' + momentum v with Nesterov)
 template <int HAS_MOMENTUM>
 struct SgdRule {
-  enum { NUM_STATES = HAS_MOMENTUM, READS_STEP = 0 };
+  enum { NUM_STATES = HAS_MOMENTUM, UNSIGNED_STATES = 0, READS_STEP = 0 };
   FLATSTEP_HYPERPARAMETERS(weight_decay, momentum, dampening, nesterov)
 
   struct Constants {
@@ -79,7 +80,7 @@ typedef SgdRule<1> Momentum;
 // into the constants: multiplying numerator and denominator by c = sqrt(1 - beta2^t) leaves
 //   step_size = learning_rate c / (1 - beta1^t) and eps' = eps c
 struct Adam {
-  enum { NUM_STATES = 2, READS_STEP = 1 };
+  enum { NUM_STATES = 2, UNSIGNED_STATES = 2, READS_STEP = 1 };
   FLATSTEP_HYPERPARAMETERS(weight_decay, beta1, beta2, eps, bias_correction)
 
   struct Constants {
@@ -121,7 +122,7 @@ struct Adam {
 //   m = beta2 m + (1 - beta2) g
 //   p = p - learning_rate weight_decay p - learning_rate sign(c)
 struct Lion {
-  enum { NUM_STATES = 1, READS_STEP = 0 };
+  enum { NUM_STATES = 1, UNSIGNED_STATES = 0, READS_STEP = 0 };
   FLATSTEP_HYPERPARAMETERS(weight_decay, beta1, beta2)
 
   struct Constants {

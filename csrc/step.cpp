@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "advance.h"
@@ -22,9 +23,20 @@ void check(const StepInputs& in) {
   if (!in.schedule && !(in.learning_rate && is_scalar(*in.learning_rate, mx::float32))) {
     throw std::invalid_argument("[step] learning_rate should be a float32 scalar.");
   }
-  if (in.state.size() != in.rule.num_states()) {
-    throw std::invalid_argument("[step] state should have an array for each that the rule has.");
+  if (in.state.size() != in.num_lists()) {
+    throw std::invalid_argument(
+        "[step] state should have a list for each that the rule and the rounding have.");
   }
+}
+
+// With a fixed rate, and a rule and storages that do not ask for it, nothing does.
+bool depends_on_step(const StepInputs& in) {
+  auto has_codes = [](const std::vector<mx::array>& buckets) {
+    return std::any_of(
+        buckets.begin(), buckets.end(), [](const auto& a) { return a.dtype() == mx::uint8; });
+  };
+  return in.schedule || in.rule.traits().reads_step || in.rounding != Rounding::nearest ||
+         std::any_of(in.state.begin(), in.state.begin() + in.rule.num_states(), has_codes);
 }
 
 // The outputs of an Advance of this step.
@@ -53,17 +65,18 @@ std::vector<mx::array> advance(const StepInputs& in, const mx::array& step) {
 StepInputs update_leaves(const Layout& layout, const std::vector<size_t>& leaves, StepInputs in) {
   require_backend(in.stream.device);
   check(in);
+  in.reads_step = depends_on_step(in);
   auto next = advance(in, in.step);
   if (!holds_operands(in.stream.device)) {
     // Where a compiled function does not return its state, there is no step to read at a replay.
     in.constants =
-        in.reads_step() || !is_tracing() ? next.back() : advance(in, mx::array(uint64_t{0})).back();
+        in.reads_step || !is_tracing() ? next.back() : advance(in, mx::array(uint64_t{0})).back();
   }
   // A trace is replayed with the same leaves.
   auto plans = layout.plan(leaves, /* recurs */ is_tracing());
   for (const auto& plan : *plans) {
     auto out = fused_update(plan, in);
-    for (size_t k = 0; k < in.state.size(); ++k) {
+    for (size_t k = 0; k + 1 < out.size(); ++k) {
       in.state[k][plan->bucket] = std::move(out[1 + k]);
     }
     auto updated = views(out[0], plan->views, in.stream);

@@ -1,21 +1,15 @@
 // How an array's values are stored. The only place where a storage's codes are read and made; C++
 // and Metal compile this same text.
 //
-// A storage is a struct: the type of what lies in memory, and a load and a store of one value. The
-// table at the end lists them; the CPU's loops and the kernels' instances follow
-// from it. Each array has one storage, and each storage one array.
+// A storage is a struct: what lies in memory, and a load and a store of one value, here; of a value
+// in a block with a scale, in codes.h; of a value in two parts, in split.h. The tables at the end
+// list them; the CPU's loops and the kernels' instances follow from them.
 #pragma once
 
-#include "dialect.h"
+#include "codes.h"
+#include "split.h"
 
 namespace flatstep {
-
-// What rounding by chance may depend on. A storage that uses it needs the step as an operand.
-struct RoundingKey {
-  Step element;  // its number in the flat array
-  Step step;
-  uint32_t seed;
-};
 
 // To nearest, ties to even, as the compiler's own conversions do.
 template <typename T>
@@ -85,10 +79,34 @@ struct Bfloat16 {
 
 #endif
 
-// Their names as MLX's dtypes.
+typedef Stochastic<Float16Places> StochasticFloat16;
+typedef Stochastic<Bfloat16Places> StochasticBfloat16;
+typedef Split<Float16Places, int8_t> Float16And8;
+typedef Split<Float16Places, int16_t> Float16And16;
+typedef Split<Bfloat16Places, int8_t> Bfloat16And8;
+typedef Split<Bfloat16Places, int16_t> Bfloat16And16;
+typedef Codes<1> SignedCodes;
+typedef Codes<0> UnsignedCodes;
+
+// Of any array, with the names of MLX's dtypes.
 #define FLATSTEP_STORAGES(STORAGE) \
   STORAGE(Float32, float32)        \
   STORAGE(Float16, float16)        \
   STORAGE(Bfloat16, bfloat16)
+
+// Of parameters, if their optimizer asks for it.
+#define FLATSTEP_STOCHASTIC_STORAGES(STORAGE) \
+  STORAGE(StochasticFloat16, float16)         \
+  STORAGE(StochasticBfloat16, bfloat16)
+#define FLATSTEP_SPLIT_STORAGES(STORAGE) \
+  STORAGE(Float16And8, float16)          \
+  STORAGE(Float16And16, float16)         \
+  STORAGE(Bfloat16And8, bfloat16)        \
+  STORAGE(Bfloat16And16, bfloat16)
+
+// Of state: blocks of bytes.
+#define FLATSTEP_CODE_STORAGES(STORAGE) \
+  STORAGE(SignedCodes, uint8)           \
+  STORAGE(UnsignedCodes, uint8)
 
 }  // namespace flatstep

@@ -17,7 +17,7 @@ template <typename R>
 void prepare(const Hyperparameters& h, float learning_rate, Step step, Constants& out) {
   static_assert(sizeof(typename R::Hyperparameters) <= sizeof(Hyperparameters));
   static_assert(sizeof(typename R::Constants) <= sizeof(Constants));
-  static_assert(R::NUM_STATES <= kMaxStates);
+  static_assert(R::NUM_STATES < kMaxStates);
   typename R::Hyperparameters own;
   std::memcpy(&own, h.data(), sizeof(own));
   auto constants = R::prepare(own, learning_rate, step);
@@ -35,14 +35,34 @@ Number number(double x) {
 void refuse_storage(mx::Dtype dtype) {
   std::ostringstream message;
   message << "[flatstep] no storage for " << dtype << "; there are";
-  for (const StorageTraits& storage : kStorages) {
-    message << " " << storage.name;
+  for (size_t i = 0; i < kNumPlainStorages; ++i) {
+    message << " " << kStorages[i].name;
   }
   throw std::invalid_argument(message.str());
 }
 
+Storage parameter_storage(mx::Dtype dtype, Rounding rounding) {
+  Storage plain = storage_of(dtype);
+  if (plain == Storage::Float32) {
+    return plain;
+  }
+  bool is_float16 = plain == Storage::Float16;
+  switch (rounding) {
+    case Rounding::nearest:
+      return plain;
+    case Rounding::stochastic:
+      return is_float16 ? Storage::StochasticFloat16 : Storage::StochasticBfloat16;
+    case Rounding::keep_8_bits:
+      return is_float16 ? Storage::Float16And8 : Storage::Bfloat16And8;
+    case Rounding::keep_16_bits:
+      return is_float16 ? Storage::Float16And16 : Storage::Bfloat16And16;
+  }
+  return plain;
+}
+
 const RuleTraits kRules[kNumRules] = {
-#define FLATSTEP_ROW(R, name) {name, #R, R::NAMES, R::NUM_STATES, R::READS_STEP != 0, prepare<R>},
+#define FLATSTEP_ROW(R, name) \
+  {name, #R, R::NAMES, R::NUM_STATES, R::UNSIGNED_STATES, R::READS_STEP != 0, prepare<R>},
     FLATSTEP_RULES(FLATSTEP_ROW)
 #undef FLATSTEP_ROW
 };

@@ -18,24 +18,58 @@ namespace mx = mlx::core;
 
 // ---- Storages ----
 
+#define FLATSTEP_PARAMETER_STORAGES(STORAGE) \
+  FLATSTEP_STORAGES(STORAGE)                 \
+  FLATSTEP_STOCHASTIC_STORAGES(STORAGE)      \
+  FLATSTEP_SPLIT_STORAGES(STORAGE)
+#define FLATSTEP_ALL_STORAGES(STORAGE) \
+  FLATSTEP_PARAMETER_STORAGES(STORAGE) \
+  FLATSTEP_CODE_STORAGES(STORAGE)
+
 enum class Storage : uint32_t {
-#define FLATSTEP_NAME(Type, dtype) dtype,
-  FLATSTEP_STORAGES(FLATSTEP_NAME)
+#define FLATSTEP_NAME(Type, dtype) Type,
+  FLATSTEP_ALL_STORAGES(FLATSTEP_NAME)
 #undef FLATSTEP_NAME
       count
 };
 inline constexpr auto kNumStorages = static_cast<size_t>(Storage::count);
+// Those of any array come first, then the others of parameters.
+#define FLATSTEP_COUNT(Type, dtype) +1
+inline constexpr size_t kNumPlainStorages = 0 FLATSTEP_STORAGES(FLATSTEP_COUNT);
+inline constexpr size_t kNumParameterStorages = 0 FLATSTEP_PARAMETER_STORAGES(FLATSTEP_COUNT);
+#undef FLATSTEP_COUNT
+
+// What a storage is made of: values, values with a rest, or blocks of codes.
+template <typename S>
+concept IsSplit = requires { typename S::Rest; };
+template <typename S>
+concept IsCodes = requires { S::scale_of(0); };
 
 struct StorageTraits {
-  mx::Dtype::Val dtype;
-  const char* name;  // as MLX's dtype
-  const char* type;  // of its struct in storage.h
-  size_t bytes;      // of one value
+  mx::Dtype dtype;
+  const char* name;    // as MLX's dtype
+  const char* type;    // of its struct in storage.h
+  size_t block_bytes;  // of a block of values
+  size_t rest_bytes;   // of what lies beside that in an array of its own
+  bool is_codes;       // which lie in blocks
 };
 
+template <typename S>
+constexpr StorageTraits make_traits(mx::Dtype dtype, const char* name, const char* type) {
+  if constexpr (IsCodes<S>) {
+    return {dtype, name, type, sizeof(typename S::Block), 0, true};
+  } else {
+    size_t rest_bytes = 0;
+    if constexpr (IsSplit<S>) {
+      rest_bytes = sizeof(typename S::Block);
+    }
+    return {dtype, name, type, FLATSTEP_BLOCK * sizeof(typename S::Stored), rest_bytes, false};
+  }
+}
+
 inline constexpr StorageTraits kStorages[kNumStorages] = {
-#define FLATSTEP_ROW(Type, dtype) {mx::Dtype::Val::dtype, #dtype, #Type, sizeof(Type::Stored)},
-    FLATSTEP_STORAGES(FLATSTEP_ROW)
+#define FLATSTEP_ROW(Type, dtype) make_traits<Type>(mx::dtype, #dtype, #Type),
+    FLATSTEP_ALL_STORAGES(FLATSTEP_ROW)
 #undef FLATSTEP_ROW
 };
 
@@ -43,13 +77,13 @@ inline constexpr const StorageTraits& traits_of(Storage storage) {
   return kStorages[static_cast<size_t>(storage)];
 }
 
-// Storage::count for a dtype that none is for.
+// Storage::count for a dtype that no plain one is for.
 inline Storage find_storage(mx::Dtype dtype) {
   size_t i = 0;
-  while (i < kNumStorages && kStorages[i].dtype != dtype.val()) {
+  while (i < kNumPlainStorages && kStorages[i].dtype != dtype) {
     ++i;
   }
-  return static_cast<Storage>(i);
+  return i < kNumPlainStorages ? static_cast<Storage>(i) : Storage::count;
 }
 
 inline bool is_supported(mx::Dtype dtype) {
@@ -67,8 +101,20 @@ inline Storage storage_of(mx::Dtype dtype) {
   return found;
 }
 
+// How an optimizer rounds half-precision parameters: what is cut off may be kept beside them.
+enum class Rounding : uint8_t { nearest, stochastic, keep_8_bits, keep_16_bits };
+
+// Of parameters of a dtype, which is one of the plain ones.
+Storage parameter_storage(mx::Dtype dtype, Rounding rounding);
+
+// Of codes of a state's values.
+inline Storage code_storage(bool has_sign) {
+  return has_sign ? Storage::SignedCodes : Storage::UnsignedCodes;
+}
+
 // ---- Rules ----
 
+// Of state arrays: a rule's, and what lies beside parameters.
 inline constexpr size_t kMaxStates = 4;
 inline constexpr size_t kMaxHyperparameters = 8;
 
@@ -82,6 +128,7 @@ struct RuleTraits {
   const char* type;   // the name of its struct in rules.h
   const char* names;  // of the hyperparameters, in their order: "beta1, beta2"
   size_t num_states;
+  uint32_t unsigned_states;  // a bit for each
   bool reads_step;
   void (*prepare)(const Hyperparameters& h, float learning_rate, Step step, Constants& out);
 };
@@ -108,6 +155,10 @@ class Rule {
   }
   size_t num_states() const {
     return traits().num_states;
+  }
+  // Whether values of state number k may be below zero.
+  bool has_sign(size_t k) const {
+    return (traits().unsigned_states >> k & 1) == 0;
   }
   const std::vector<Hyperparameters>& groups() const {
     return *groups_;

@@ -12,6 +12,7 @@ template <typename R>
     device uint* constants [[buffer(FLATSTEP_ADVANCE_CONSTANTS)]],
     constant Schedule& schedule [[buffer(FLATSTEP_ADVANCE_SCHEDULE)]],
     constant uint* hyperparameters [[buffer(FLATSTEP_ADVANCE_HYPERPARAMETERS)]],
+    constant uint& seed [[buffer(FLATSTEP_ADVANCE_SEED)]],
     uint group [[thread_position_in_grid]]) {
   typedef typename R::Hyperparameters Hyperparameters;
   Step now = step[0];
@@ -30,8 +31,7 @@ template <typename R>
       now);
   device uint* own = constants + group * FLATSTEP_GROUP_WORDS;
   own[0] = uint(now);
-  own[1] = uint(now >> 32);
-  own[2] = 0;
+  own[1] = seed;
   for (uint k = 0; k < sizeof(prepared) / 4; ++k) {
     own[FLATSTEP_KEY_WORDS + k] = prepared.at[k];
   }

@@ -1,5 +1,5 @@
 // Loads and stores of a few neighbouring elements, of flat arrays and of arrays of any layout, and
-// of structs as words.
+// of structs as words; blocks.h has those of blocks.
 #pragma once
 
 #include "../csrc/backend/metal_arguments.h"
@@ -38,9 +38,9 @@ struct Run {
 };
 
 // All of a run at once, where `is_whole`: it has all its elements, and starts where a vector may.
-template <typename S>
-FLATSTEP_FN Run load_run(const device typename S::Stored* from, uint count, bool is_whole) {
-  typedef vec<typename S::Stored, FLATSTEP_RUN> Vector;
+template <typename T>
+FLATSTEP_FN vec<T, FLATSTEP_RUN> load_values(const device T* from, uint count, bool is_whole) {
+  typedef vec<T, FLATSTEP_RUN> Vector;
   Vector values = {};
   if (is_whole) {
     values = *(const device Vector*)(from);
@@ -52,6 +52,28 @@ FLATSTEP_FN Run load_run(const device typename S::Stored* from, uint count, bool
       }
     }
   }
+  return values;
+}
+
+template <typename T>
+FLATSTEP_FN void store_values(
+    device T* to, vec<T, FLATSTEP_RUN> values, uint count, bool is_whole) {
+  typedef vec<T, FLATSTEP_RUN> Vector;
+  if (is_whole) {
+    *(device Vector*)(to) = values;
+  } else {
+    FLATSTEP_UNROLL
+    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
+      if (k < count) {
+        to[k] = values[k];
+      }
+    }
+  }
+}
+
+template <typename S>
+FLATSTEP_FN Run load_run(const device typename S::Stored* from, uint count, bool is_whole) {
+  vec<typename S::Stored, FLATSTEP_RUN> values = load_values(from, count, is_whole);
   Run run;
   FLATSTEP_UNROLL
   for (uint k = 0; k < FLATSTEP_RUN; ++k) {
@@ -64,23 +86,12 @@ FLATSTEP_FN Run load_run(const device typename S::Stored* from, uint count, bool
 template <typename S>
 FLATSTEP_FN void store_run(
     device typename S::Stored* to, Run run, uint count, bool is_whole, RoundingKey key) {
-  typedef vec<typename S::Stored, FLATSTEP_RUN> Vector;
-  Vector values;
+  vec<typename S::Stored, FLATSTEP_RUN> values;
   FLATSTEP_UNROLL
   for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-    values[k] = S::store(run.at[k], key);
-    ++key.element;
+    values[k] = S::store(run.at[k], next(key, k));
   }
-  if (is_whole) {
-    *(device Vector*)(to) = values;
-  } else {
-    FLATSTEP_UNROLL
-    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-      if (k < count) {
-        to[k] = values[k];
-      }
-    }
-  }
+  store_values(to, values, count, is_whole);
 }
 
 // ---- The source: any storage, any layout. ----

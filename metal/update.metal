@@ -2,7 +2,7 @@
 //
 // Parameters and state are flat; gradients are flat as well, or lie wherever the backward pass left
 // them, each in a buffer of its own. A threadgroup works on one segment.
-#include "load.h"
+#include "blocks.h"
 
 namespace flatstep {
 
@@ -19,43 +19,58 @@ struct Copy {
 
 // ---- A threadgroup's part of a segment: of a rule, and of the storages of p and state. ----
 
-#define FLATSTEP_LOAD_STATE(k)                                       \
-  if (R::NUM_STATES > k) {                                           \
-    state[k] = load_run<S##k>(state##k + state_at, count, is_whole); \
+#define FLATSTEP_LOAD_STATE(k)                        \
+  if (R::NUM_STATES > k) {                            \
+    state[k] = StateRun<S##k>::load(state##k, place); \
   }
-#define FLATSTEP_STORE_STATE(k)                                                        \
-  if (R::NUM_STATES > k) {                                                             \
-    store_run<S##k>(state##k + state_at, state[k], count, is_whole, key_of(state_at)); \
+#define FLATSTEP_STORE_STATE(k)                                             \
+  if (R::NUM_STATES > k) {                                                  \
+    StateRun<S##k>::store(state##k, place, state[k], key_of(1 + k, first)); \
   }
 
 template <typename R, typename P, typename S0, typename S1, typename S2, typename S3>
 struct Work {
   const device typename P::Stored* p_in;
   device typename P::Stored* p_out;
-  device typename S0::Stored* state0;
-  device typename S1::Stored* state1;
-  device typename S2::Stored* state2;
-  device typename S3::Stored* state3;
+  device char* state0;
+  device char* state1;
+  device char* state2;
+  device char* state3;
   const device char* source;
   constant SourceSegment* segment;
   constant SourceDimension* dimensions;
   typename R::Constants constants;
-  Step step;
-  uint seed;
-  uint group;  // of threads, among those of the segment
+  uint step;
+  uint starts[5];  // of the keys of p and of the state
+  uint group;      // of threads, among those of the segment
   uint passes;
   uint thread_index;
   uint num_threads;
 
-  RoundingKey key_of(Step element) const {
-    return {element, step, seed};
+  // Of an element of p, number 0, or of a state.
+  RoundingKey key_of(uint array, uint64_t element) const {
+    return rounding_key(starts[array], step, element);
   }
 
-  void update_run(uint64_t first, uint count, Run g) const {
-    uint64_t p_at = segment->p_offset + first;
-    uint64_t state_at = segment->state_offset + first;
-    bool is_whole = count == FLATSTEP_RUN && first % FLATSTEP_RUN == 0;
-    Run p = load_run<P>(p_in + p_at, count, is_whole);
+  // What lies beside the parameters: the buffer after the rule's.
+  device char* rests() const {
+    return R::NUM_STATES == 0   ? state0
+           : R::NUM_STATES == 1 ? state1
+           : R::NUM_STATES == 2 ? state2
+                                : state3;
+  }
+
+  void update_run(uint64_t first, uint count, bool has_block, Run g) const {
+    Place place = {};
+    place.p_at = segment->p_offset + first;
+    place.state_at = segment->state_offset + first;
+    place.count = count;
+    place.is_whole = count == FLATSTEP_RUN && first % FLATSTEP_RUN == 0;
+    place.has_block = has_block;
+    uint lane = thread_index % FLATSTEP_SIMD_WIDTH;
+    place.in_block = lane % FLATSTEP_BLOCK_LANES * FLATSTEP_RUN;
+    place.first_lane = ushort(lane - lane % FLATSTEP_BLOCK_LANES);
+    Run p = ParameterRun<P>::load(p_in, rests(), place);
     Run state[4] = {};
     FLATSTEP_LOAD_STATE(0)
     FLATSTEP_LOAD_STATE(1)
@@ -76,25 +91,37 @@ struct Work {
         state[k].at[i] = e.state[k];
       }
     }
-    store_run<P>(p_out + p_at, p, count, is_whole, key_of(p_at));
+    if (count < FLATSTEP_RUN) {  // past the end of the leaf a block is zero, whatever the rule
+      FLATSTEP_UNROLL
+      for (uint i = 0; i < FLATSTEP_RUN; ++i) {
+        p.at[i] = i < count ? p.at[i] : 0.0f;
+        FLATSTEP_UNROLL
+        for (int k = 0; k < R::NUM_STATES; ++k) {
+          state[k].at[i] = i < count ? state[k].at[i] : 0.0f;
+        }
+      }
+    }
+    ParameterRun<P>::store(p_out, rests(), place, p, key_of(0, first));
     FLATSTEP_STORE_STATE(0)
     FLATSTEP_STORE_STATE(1)
     FLATSTEP_STORE_STATE(2)
     FLATSTEP_STORE_STATE(3)
   }
 
-  // A pass takes FLATSTEP_THREADS runs, neighbouring threads neighbouring ones.
+  // A pass takes FLATSTEP_THREADS runs, neighbouring threads neighbouring ones, to the end of the
+  // last block.
   void update_runs() const {
     uint64_t first_run = uint64_t(group) * passes * FLATSTEP_THREADS;
     uint num_runs = passes * FLATSTEP_THREADS;
     // A GPU may run fewer threads than asked for in a threadgroup.
     for (uint run = thread_index; run < num_runs; run += num_threads) {
       uint64_t first = (first_run + run) * FLATSTEP_RUN;
-      if (first >= segment->size) {
+      if (first - first % FLATSTEP_BLOCK >= segment->size) {
         return;
       }
-      uint count = uint(min(segment->size - first, uint64_t(FLATSTEP_RUN)));
-      update_run(first, count, load_source(source, *segment, dimensions, first, count));
+      uint64_t left = segment->size - min(segment->size, first);
+      uint count = uint(min(left, uint64_t(FLATSTEP_RUN)));
+      update_run(first, count, true, load_source(source, *segment, dimensions, first, count));
     }
   }
 
@@ -102,14 +129,14 @@ struct Work {
   // cache line for every element. So a tile is read along the columns, where neighbouring threads
   // find neighbouring elements, and updated along the rows.
   void update_tiles(threadgroup float* tile) const {
-    const uint pitch = FLATSTEP_TILE + 1;  // so that a tile's column lies in different banks
-    const uint runs_across = FLATSTEP_TILE / FLATSTEP_RUN;
+    const uint pitch = FLATSTEP_TILE_PITCH;
+    const uint runs_across = FLATSTEP_TILE_COLUMNS / FLATSTEP_RUN;
     uint num_outer = segment->num_dimensions - 2;
     uint64_t num_rows = dimensions[num_outer].extent;
     uint64_t num_columns = dimensions[num_outer + 1].extent;
     int64_t column_stride = dimensions[num_outer + 1].stride;
-    uint tiles_down = uint((num_rows + FLATSTEP_TILE - 1) / FLATSTEP_TILE);
-    uint tiles_across = uint((num_columns + FLATSTEP_TILE - 1) / FLATSTEP_TILE);
+    uint tiles_down = uint((num_rows + FLATSTEP_TILE_ROWS - 1) / FLATSTEP_TILE_ROWS);
+    uint tiles_across = uint((num_columns + FLATSTEP_TILE_COLUMNS - 1) / FLATSTEP_TILE_COLUMNS);
     uint num_matrices = uint(segment->size / (num_rows * num_columns));
     uint num_tiles = num_matrices * tiles_down * tiles_across;
 
@@ -119,17 +146,18 @@ struct Work {
         return;
       }
       uint matrix = number / (tiles_down * tiles_across);
-      uint64_t row = number / tiles_across % tiles_down * FLATSTEP_TILE;
-      uint64_t column = number % tiles_across * FLATSTEP_TILE;
-      uint height = uint(min(num_rows - row, uint64_t(FLATSTEP_TILE)));
-      uint width = uint(min(num_columns - column, uint64_t(FLATSTEP_TILE)));
+      uint64_t row = number / tiles_across % tiles_down * FLATSTEP_TILE_ROWS;
+      uint64_t column = number % tiles_across * FLATSTEP_TILE_COLUMNS;
+      uint height = uint(min(num_rows - row, uint64_t(FLATSTEP_TILE_ROWS)));
+      uint width = uint(min(num_columns - column, uint64_t(FLATSTEP_TILE_COLUMNS)));
       // The rows lie side by side.
       int64_t corner = strided_offset(dimensions, num_outer, matrix) + int64_t(row) +
                        int64_t(column) * column_stride;
 
-      for (uint i = thread_index; i < FLATSTEP_TILE * FLATSTEP_TILE; i += num_threads) {
-        uint r = i % FLATSTEP_TILE;
-        uint c = i / FLATSTEP_TILE;
+      const uint tile_size = FLATSTEP_TILE_ROWS * FLATSTEP_TILE_COLUMNS;
+      for (uint i = thread_index; i < tile_size; i += num_threads) {
+        uint r = i % FLATSTEP_TILE_ROWS;
+        uint c = i / FLATSTEP_TILE_ROWS;
         if (r < height && c < width) {
           int64_t offset = corner + r + c * column_stride;
           tile[r * pitch + c] = load_one(source, segment->storage, offset);
@@ -137,20 +165,19 @@ struct Work {
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       uint64_t first = (uint64_t(matrix) * num_rows + row) * num_columns + column;
-      for (uint i = thread_index; i < FLATSTEP_TILE * runs_across; i += num_threads) {
+      // Where there are blocks, a row of a tile is one.
+      for (uint i = thread_index; i < FLATSTEP_TILE_ROWS * runs_across; i += num_threads) {
         uint r = i / runs_across;
         uint c = i % runs_across * FLATSTEP_RUN;
-        if (r < height && c < width) {
-          uint count = min(width - c, uint(FLATSTEP_RUN));
-          Run g = {};
-          FLATSTEP_UNROLL
-          for (uint k = 0; k < FLATSTEP_RUN; ++k) {
-            if (k < count) {
-              g.at[k] = tile[r * pitch + c + k];
-            }
+        uint count = r < height && c < width ? min(width - c, uint(FLATSTEP_RUN)) : 0;
+        Run g = {};
+        FLATSTEP_UNROLL
+        for (uint k = 0; k < FLATSTEP_RUN; ++k) {
+          if (k < count) {
+            g.at[k] = tile[r * pitch + c + k];
           }
-          update_run(first + r * num_columns + c, count, g);
         }
+        update_run(first + r * num_columns + c, count, r < height, g);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
@@ -174,10 +201,10 @@ template <typename R, bool TILED, typename P, typename S0, typename S1, typename
 [[kernel]] void update(
     const device typename P::Stored* p_in [[buffer(FLATSTEP_P_IN)]],
     device typename P::Stored* p_out [[buffer(FLATSTEP_P_OUT)]],
-    device typename S0::Stored* state0 [[buffer(FLATSTEP_STATE)]],
-    device typename S1::Stored* state1 [[buffer(FLATSTEP_STATE + 1)]],
-    device typename S2::Stored* state2 [[buffer(FLATSTEP_STATE + 2)]],
-    device typename S3::Stored* state3 [[buffer(FLATSTEP_STATE + 3)]],
+    device char* state0 [[buffer(FLATSTEP_STATE)]],
+    device char* state1 [[buffer(FLATSTEP_STATE + 1)]],
+    device char* state2 [[buffer(FLATSTEP_STATE + 2)]],
+    device char* state3 [[buffer(FLATSTEP_STATE + 3)]],
     constant uint* constants [[buffer(FLATSTEP_CONSTANTS)]],
     constant DispatchArguments& dispatch [[buffer(FLATSTEP_DISPATCH)]],
     constant SourceSegment* segments [[buffer(FLATSTEP_SEGMENTS)]],
@@ -185,7 +212,7 @@ template <typename R, bool TILED, typename P, typename S0, typename S1, typename
     FLATSTEP_SOURCES(FLATSTEP_SOURCE) uint group [[threadgroup_position_in_grid]],
     uint thread_index [[thread_position_in_threadgroup]],
     uint num_threads [[threads_per_threadgroup]]) {
-  threadgroup float tile[TILED ? FLATSTEP_TILE * (FLATSTEP_TILE + 1) : 1];
+  threadgroup float tile[TILED ? FLATSTEP_TILE_ROWS * FLATSTEP_TILE_PITCH : 1];
   // The last segment whose first group is not beyond this one.
   uint number = 0;
   for (uint s = 1; s < dispatch.num_segments; ++s) {
@@ -206,8 +233,10 @@ template <typename R, bool TILED, typename P, typename S0, typename S1, typename
   if (!is_same<R, Copy>::value) {
     constant uint* own = constants + segment.group * FLATSTEP_GROUP_WORDS;
     work.constants = from_words<typename R::Constants>(own + FLATSTEP_KEY_WORDS);
-    work.step = Step(own[0]) | Step(own[1]) << 32;
-    work.seed = own[2];
+    work.step = own[0];
+    for (uint k = 0; k < 5; ++k) {
+      work.starts[k] = start_of(own[1], segment.name, k);
+    }
   }
   work.group = group - segment.first_group;
   work.passes = dispatch.passes;

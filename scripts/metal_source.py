@@ -8,7 +8,7 @@ for a compiler that should see them all.
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -52,20 +52,47 @@ def rows(header: str, macro: str) -> list[str]:
     text = (REPOSITORY / "csrc" / header).read_text(encoding="ascii")
     _, table = text.split(f"#define {macro}(", 1)
     row, lines = table.split(")", 1)
-    return re.findall(rf"\b{row}\((\w+),", lines.split("\n\n")[0])
+    return re.findall(rf"\b{row}\((\w+),", re.split(r"[^\\]\n", lines)[0])
+
+
+def code_storages(rule: str) -> list[str]:
+    """Of a rule's states: the second of the table where they are never below zero."""
+    text = (REPOSITORY / "csrc" / "rules.h").read_text(encoding="ascii")
+    template = re.search(rf"typedef (\w+)<(\d+)> {rule};", text)
+    struct, argument = template.groups() if template else (rule, "")
+    enum = re.search(
+        rf"struct {struct} \{{\s+enum \{{ NUM_STATES = (\w+), UNSIGNED_STATES = (\d+)", text
+    )
+    if enum is None:
+        raise ValueError(f"rules.h has no {struct} that says how many states it has")
+    num_states = int(enum[1] if enum[1].isdigit() else argument)
+    codes = rows("storage.h", "FLATSTEP_CODE_STORAGES")
+    return [codes[int(enum[2]) >> k & 1] for k in range(num_states)]
+
+
+def update(rule: str, tiles: str, p: str, state: Sequence[str]) -> str:
+    """What a rule does not have of state is named float32's."""
+    return ", ".join(["update", rule, tiles, p, *state, *["Float32"] * (MAX_STATES - len(state))])
 
 
 def all_instances() -> str:
-    """Every kernel that a step may ask for, whose state has one storage.
+    """Every kernel that a step may ask for, whose state has one storage, or is in codes.
 
     State of several storages, which only a flat_update has, takes no other templates.
     """
     rules = rows("rules.h", "FLATSTEP_RULES")
     storages = rows("storage.h", "FLATSTEP_STORAGES")
-    kernels = [f"advance, {rule}" for rule in rules]
-    for rule, tiles, p, state in product([*rules, "Copy"], ("false", "true"), storages, storages):
-        if rule != "Copy" or p == state:
-            kernels.append(", ".join(["update", rule, tiles, p, *[state] * MAX_STATES]))
+    of_parameters = [*storages]
+    for kind in ("STOCHASTIC", "SPLIT"):
+        of_parameters += rows("storage.h", f"FLATSTEP_{kind}_STORAGES")
+    kernels = {f"advance, {rule}": None for rule in rules}
+    kernels |= {f"copy, {word}": None for word in ("uint32_t", "uint8_t")}
+    for tiles in ("false", "true"):
+        kernels |= {update("Copy", tiles, p, []): None for p in storages}
+        for rule, p in product(rules, of_parameters):
+            codes = code_storages(rule)
+            for state in (*([storage] * len(codes) for storage in storages), codes):
+                kernels[update(rule, tiles, p, state)] = None
     return instances({f"kernel_{number}": kernel for number, kernel in enumerate(kernels)})
 
 

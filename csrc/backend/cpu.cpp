@@ -2,9 +2,9 @@
 // also does what the next ones would, as far as that is ready: threads then wait for each other
 // once for many buckets.
 //
-// The task walks the bucket in blocks that fit in the first-level cache. Float32 is read and
-// written where it lies, and so are a parameter and its gradient in one storage; what is stored
-// otherwise goes through a block of float32 scratch, and what is not contiguous through a panel.
+// The task walks the bucket in parts that fit in the first-level cache. Float32 is read and written
+// where it lies, and so are a parameter and its gradient in one plain storage; what is stored
+// otherwise goes through float32 scratch, and what is not contiguous through a panel.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -23,8 +23,15 @@ namespace flatstep {
 namespace {
 
 constexpr size_t kMinGrain = 64;  // in blocks of a bucket
+// Where each array has its own pass over a part: small enough that the processor overlaps them.
+constexpr size_t kCodedElements = 512;
 
 struct State {
+  State(const mx::array& a, mx::array& written, Storage storage, Extent extent)
+      : in(a, storage, extent),
+        out(written, storage, extent, a.data_shared_ptr() == written.data_shared_ptr()) {
+  }
+
   Input in;
   Output out;
 };
@@ -39,7 +46,8 @@ struct Job {
         plan(update.plan_ptr()),
         rule(update.rule()),
         schedule(update.schedule()),
-        p_out(outputs[0], p_in_place),
+        seed(update.seed()),
+        p_out(outputs[0], update.p_storage(), extent_of(update.p_storage()), p_in_place),
         stream(update.stream()),
         constants(rule.groups().size()) {
     const Operands& operands = update.operands();
@@ -48,7 +56,9 @@ struct Job {
     auto add_inputs = [&](std::vector<Input>& to, const mx::array* arrays, bool is_flat) {
       to.reserve(plan->segments.size());
       for (const Segment& segment : plan->segments) {
-        to.emplace_back(is_flat ? *arrays : *arrays++, is_flat ? segment.p_offset : 0);
+        const mx::array& a = is_flat ? *arrays : *arrays++;
+        Storage storage = &to == &parameters ? p_out.storage : storage_of(a.dtype());
+        to.emplace_back(a, storage, extent_of(storage), is_flat ? segment.p_offset : 0);
       }
     };
     if (operands.has(Operand::step)) {
@@ -61,10 +71,24 @@ struct Job {
     add_inputs(gradients, operand(Operand::gradients), update.has_flat_gradients());
     for (size_t k = 0; k < update.num_states(); ++k) {
       const mx::array& in = *operand(state_operand(k));
-      mx::array& out = outputs[1 + k];
-      bool in_place = in.data_shared_ptr() == out.data_shared_ptr();
-      states.push_back({Input(in), Output(out, in_place)});
+      Storage storage = update.state_storage(k, in);
+      states.emplace_back(in, outputs[1 + k], storage, extent_of(storage));
+      has_codes |= traits_of(storage).is_codes;
     }
+    if (size_t k = update.num_states(); k < update.num_state_arrays()) {
+      Extent extent = extent_of_rests(p_out.storage);
+      rests.emplace(*operand(state_operand(k)), outputs[1 + k], Storage::count, extent);
+    }
+  }
+
+  // What a part of a segment ends at: this many elements from its start, or all.
+  size_t unit() const {
+    return has_codes || rests ? kBlock : 1;
+  }
+  bool is_in_place() const {
+    auto in_place = [](const State& state) { return state.out.in_place; };
+    return p_out.in_place && std::all_of(states.begin(), states.end(), in_place) &&
+           (!rests || rests->out.in_place);
   }
 
   std::shared_ptr<const std::vector<mx::array>> held;
@@ -77,6 +101,9 @@ struct Job {
   std::vector<Input> parameters;
   std::vector<Input> gradients;
   std::vector<State> states;
+  std::optional<State> rests;  // of the parameters
+  bool has_codes{false};
+  uint32_t seed;
   Output p_out;
   mx::Stream stream;
   // The next job that the same thread queued on the stream, where that is ready: all that it reads
@@ -85,7 +112,7 @@ struct Job {
   std::atomic<Job*> next{nullptr};
   // For the stream's thread:
   std::vector<Constants> constants;  // of each group
-  RoundingKey key{};                 // of no element
+  Step now{0};                       // steps taken so far
   bool has_run{false};
   size_t start{0};  // its first block, counted through the jobs that are done at once
 };
@@ -97,46 +124,70 @@ class SegmentUpdate {
   SegmentUpdate(const Job& job, size_t index, size_t end)
       : job_(job),
         segment_(job.plan->segments[index]),
-        storage_(
-            job.gradients[index].storage == job.parameters[index].storage
-                ? job.gradients[index].storage
-                : Storage::float32),
+        g_storage_(job.gradients[index].storage),
+        storage_(job.p_out.storage),
         gradient_(job.gradients[index], end, 0),
         parameter_(job.parameters[index], end, 1) {
     for (size_t k = 0; k < job.states.size(); ++k) {
       states_[k].emplace(job.states[k].in, segment_.state_offset + end, 2 + k);
     }
+    if (traits_of(g_storage_).dtype != traits_of(storage_).dtype) {
+      g_storage_ = storage_ = Storage::Float32;
+    }
   }
 
   // Updates elements [begin, end) of the segment.
   void run(size_t begin, size_t end) {
-    const CpuLoops& loops = job_.loops;
     for (size_t i = begin, n = 0; i < end; i += n) {
-      n = std::min(kBlockElements, end - i);
-      size_t p_at = segment_.p_offset + i;
+      n = length_of_part(i, end - i);
       size_t state_at = segment_.state_offset + i;
-      // Each read may make n smaller.
       BlockArrays a{};
-      a.g = gradient_.read(loops, i, n, g_, storage_);
-      a.p_in = parameter_.read(loops, i, n, p_, storage_);
-      a.p_out = job_.p_out.target(p_at, p_, storage_);
-      for (size_t k = 0; k < job_.states.size(); ++k) {
-        a.state_in[k] = states_[k]->read(loops, state_at, n, state_[k]);
-        a.state_out[k] = job_.states[k].out.target(state_at, state_[k]);
+      if (job_.rests) {
+        a.rests_in = job_.rests->in.at(state_at);
+        a.rests_out = job_.rests->out.at(state_at);
       }
-      auto update = loops.update[job_.rule.index()][static_cast<size_t>(storage_)];
-      update(job_.constants[segment_.group], a, n, {p_at, job_.key.step, job_.key.seed});
-      job_.p_out.store(loops, job_.key, p_at, n, p_, storage_);
+      a.g = gradient_.exactly(n, i, g_storage_, loops_, nullptr, g_);
+      a.p_in = parameter_.exactly(n, i, storage_, loops_, a.rests_in, p_);
+      a.p_out = job_.p_out.target(segment_.p_offset + i, p_, storage_);
       for (size_t k = 0; k < job_.states.size(); ++k) {
-        job_.states[k].out.store(loops, job_.key, state_at, n, state_[k]);
+        a.state_in[k] = static_cast<const float*>(
+            states_[k]->exactly(n, state_at, Storage::Float32, loops_, nullptr, state_[k]));
+        a.state_out[k] = job_.states[k].out.floats(state_at, state_[k]);
+      }
+      auto update = loops_.update[job_.rule.index()][static_cast<size_t>(storage_)];
+      RoundingKey key = key_of(0, i);
+      update(job_.constants[segment_.group], a, n, key);
+      job_.p_out.store(loops_, segment_.p_offset + i, n, p_, storage_, key, a.rests_out);
+      for (size_t k = 0; k < job_.states.size(); ++k) {
+        key = key_of(1 + k, i);
+        job_.states[k].out.store(loops_, state_at, n, state_[k], Storage::Float32, key);
       }
     }
   }
 
  private:
+  // As many elements from `i` on as can be had at once of each array, in whole units.
+  size_t length_of_part(size_t i, size_t left) {
+    size_t n = std::min(job_.has_codes ? kCodedElements : kBlockElements, left);
+    gradient_.raw(i, n);
+    parameter_.raw(i, n);
+    for (size_t k = 0; k < job_.states.size(); ++k) {
+      states_[k]->raw(segment_.state_offset + i, n);
+    }
+    size_t unit = std::min(job_.unit(), left);
+    return n == left ? n : std::max(n / unit * unit, unit);
+  }
+
+  // Of an element of the parameter, array 0, or of state number `array - 1`.
+  RoundingKey key_of(uint32_t array, size_t i) const {
+    return rounding_key(start_of(job_.seed, segment_.name, array), job_.now, i);
+  }
+
   const Job& job_;
+  const CpuLoops& loops_{job_.loops};
   const Segment& segment_;
-  Storage storage_;  // in which the loop takes the parameter and its gradient
+  Storage g_storage_;  // in which the loop takes the gradient, and below the parameter
+  Storage storage_;
   Walk gradient_;
   Walk parameter_;
   std::array<std::optional<Walk>, kMaxStates> states_;
@@ -146,7 +197,8 @@ class SegmentUpdate {
 };
 
 // Updates elements [begin, end) of the segment with this index in the plan: from front to back, or
-// panel by panel where the gradient lies across long rows.
+// panel by panel where the gradient lies across long rows. A unit belongs to the panel in which it
+// begins.
 void update_segment(const Job& job, size_t index, size_t begin, size_t end) {
   SegmentUpdate update(job, index, end);
   size_t length = job.gradients[index].scattered_row();
@@ -154,6 +206,7 @@ void update_segment(const Job& job, size_t index, size_t begin, size_t end) {
     update.run(begin, end);
     return;
   }
+  auto first_unit = [unit = job.unit()](size_t i) { return (i + unit - 1) / unit * unit; };
   size_t last_row = (end - 1) / length + 1;
   for (size_t first_row = begin / length; first_row < last_row; first_row += kPanelRows) {
     size_t end_row = std::min(first_row + kPanelRows, last_row);
@@ -161,7 +214,8 @@ void update_segment(const Job& job, size_t index, size_t begin, size_t end) {
       size_t end_column = std::min(column + kPanelColumns, length);
       for (size_t row = first_row; row < end_row; ++row) {
         update.run(
-            std::max(begin, row * length + column), std::min(end, row * length + end_column));
+            std::max(begin, first_unit(row * length + column)),
+            std::min(end, first_unit(row * length + end_column)));
       }
     }
   }
@@ -179,29 +233,28 @@ void fill_fresh(const Job& job) {
       clear_gap(job.p_out, segment.p_offset + segment.size);
     }
   }
-  for (const State& state : job.states) {
+  auto fill = [&](const State& state) {
     if (state.out.in_place) {
-      continue;
+      return;
     }
     for (const Segment& segment : plan.segments) {
       clear_gap(state.out, segment.state_offset + segment.size);
     }
     // A single parameter's state may be longer than the parameter.
     state.out.clear(plan.state_blocks * kBlock, SIZE_MAX);
-    alignas(64) Scratch values;
     for (const Range& range : plan.untouched) {
       Walk walk(state.in, range.end, 0);
       for (size_t i = range.begin, n = 0; i < range.end; i += n) {
         n = std::min(kBlockElements, range.end - i);
-        const float* from = walk.read(job.loops, i, n, values);
-        float* to = state.out.target(i, values);
-        if (from != to) {
-          std::memcpy(to, from, n * sizeof(float));
-        }
-        state.out.store(job.loops, job.key, i, n, values);
+        const char* from = walk.raw(i, n);
+        std::memcpy(state.out.at(i), from, state.out.extent.bytes(n));
       }
       clear_gap(state.out, range.end);
     }
+  };
+  std::for_each(job.states.begin(), job.states.end(), fill);
+  if (job.rests) {
+    fill(*job.rests);
   }
 }
 
@@ -226,12 +279,11 @@ void update_blocks(const Job& job, size_t begin_block, size_t end_block) {
 
 // What comes before the update of a bucket's elements.
 void prepare(Job& job) {
-  job.key.step = job.step ? *job.step : 0;
-  float learning_rate =
-      job.schedule ? schedule_value(*job.schedule, job.key.step) : *job.learning_rate;
+  job.now = job.step ? *job.step : 0;
+  float learning_rate = job.schedule ? schedule_value(*job.schedule, job.now) : *job.learning_rate;
   const auto& groups = job.rule.groups();
   for (size_t k = 0; k < groups.size(); ++k) {
-    job.rule.traits().prepare(groups[k], learning_rate, job.key.step, job.constants[k]);
+    job.rule.traits().prepare(groups[k], learning_rate, job.now, job.constants[k]);
   }
   fill_fresh(job);
 }
@@ -290,10 +342,7 @@ void cpu_fused_update(
   // the graph was built; an input may be an output of what is still queued, which MLX does not
   // tell. And fresh memory may have been that of an output which was dropped before its task has
   // written it.
-  bool is_ready = inputs.empty() && p_in_place;
-  for (const State& state : job->states) {
-    is_ready &= state.out.in_place;
-  }
+  bool is_ready = inputs.empty() && job->is_in_place();
   thread_local std::weak_ptr<Job> last;
   auto before = last.lock();
   if (is_ready && before && before->stream == job->stream) {

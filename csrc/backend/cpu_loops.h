@@ -1,6 +1,6 @@
 // The innermost loops, compiled once for each instruction set and chosen at run time: for each rule
-// one over a block of float32 state and of parameters and gradients in one storage, and for each
-// storage a load and a store of a block.
+// one over float32 state, parameters in one storage and gradients of the same dtype, and for each
+// storage a load and a store.
 //
 // All instruction sets give the same bits: the loops are the same text, without contraction of a *
 // b + c.
@@ -15,11 +15,13 @@
 
 namespace flatstep {
 
-// A block of each array. An output may be the very array of its input.
+// A part of each array. An output may be the very array of its input.
 struct BlockArrays {
-  const void* g;  // of the loop's storage, as are the next two
+  const void* g;
   const void* p_in;
   void* p_out;
+  const void* rests_in;  // of parameters in a split storage
+  void* rests_out;
   const float* state_in[kMaxStates];
   float* state_out[kMaxStates];
 };
@@ -29,9 +31,11 @@ struct CpuLoops {
   // `first` is the key of the first parameter that is stored; the others follow.
   using Update =
       void (*)(const Constants& constants, const BlockArrays& arrays, size_t n, RoundingKey first);
-  std::array<Update, kNumStorages> update[kNumRules];
-  void (*load[kNumStorages])(const void* in, float* out, size_t n);
-  void (*store[kNumStorages])(const float* in, void* out, size_t n, RoundingKey first);
+  std::array<Update, kNumParameterStorages> update[kNumRules];
+  // `rest` is what a split storage has besides, or null. What lies in blocks starts with one; where
+  // the last is ragged, `out` has room for all of it, and what is stored there beyond n is zero.
+  void (*load[kNumStorages])(const void* in, const void* rest, float* out, size_t n);
+  void (*store[kNumStorages])(const float* in, void* out, void* rest, size_t n, RoundingKey first);
 };
 
 extern const CpuLoops baseline_loops;

@@ -35,16 +35,25 @@ MTL::ComputePipelineState* kernel_for(
   return device.get_kernel(function, library);
 }
 
+// A rule's name, and the storages of p and the state.
+struct Instance {
+  std::string rule;
+  std::vector<Storage> storages;
+
+  bool has_blocks() const {
+    return std::any_of(storages.begin(), storages.end(), [](Storage storage) {
+      return traits_of(storage).is_codes || traits_of(storage).rest_bytes > 0;
+    });
+  }
+};
+
 MTL::ComputePipelineState* update_kernel(
-    metal::Device& device,
-    const std::string& rule,
-    bool has_tiles,
-    const std::vector<mx::array>& flat) {  // p and the state
-  std::string arguments = rule + (has_tiles ? ", true" : ", false");
+    metal::Device& device, const Instance& instance, bool has_tiles) {
+  std::string arguments = instance.rule + (has_tiles ? ", true" : ", false");
   for (size_t k = 0; k <= kMaxStates; ++k) {
     // What a rule does not have is never looked at.
-    const mx::array& a = flat[std::min(k, flat.size() - 1)];
-    arguments += std::string(", ") + traits_of(storage_of(a.dtype())).type;
+    Storage storage = k < instance.storages.size() ? instance.storages[k] : Storage::Float32;
+    arguments += std::string(", ") + traits_of(storage).type;
   }
   return kernel_for(device, "update", arguments);
 }
@@ -85,10 +94,10 @@ void encode_dispatch(
     int index = FLATSTEP_FIRST_SOURCE + static_cast<int>(k);
     bind_input(k < dispatch.sources.size() ? dispatch.sources[k] : nullptr, index);
   }
-  size_t most = kernel->maxTotalThreadsPerThreadgroup();
-  encoder.dispatch_threadgroups(
-      MTL::Size(dispatch.num_groups, 1, 1),
-      MTL::Size(std::min<size_t>(most, FLATSTEP_THREADS), 1, 1));
+  // Whole SIMD-groups, so that all lanes of a block are there.
+  size_t threads = std::min<size_t>(kernel->maxTotalThreadsPerThreadgroup(), FLATSTEP_THREADS);
+  threads -= threads % FLATSTEP_SIMD_WIDTH;
+  encoder.dispatch_threadgroups(MTL::Size(dispatch.num_groups, 1, 1), MTL::Size(threads, 1, 1));
 }
 
 // ---- A step of a bucket. ----
@@ -96,16 +105,12 @@ void encode_dispatch(
 // The dispatches over one list of sources, with their kernels compiled.
 class Pass {
  public:
-  Pass(
-      metal::Device& device,
-      const std::string& rule,
-      const std::vector<mx::array>& flat,  // p and the state
-      const std::vector<Source>& sources)
-      : dispatches_(make_dispatches(sources)) {
+  Pass(metal::Device& device, const Instance& instance, const std::vector<Source>& sources)
+      : dispatches_(make_dispatches(sources, instance.has_blocks())) {
     for (const Dispatch& dispatch : dispatches_) {
       auto*& kernel = kernels_[dispatch.has_tiles];
       if (!kernel) {
-        kernel = update_kernel(device, rule, dispatch.has_tiles, flat);
+        kernel = update_kernel(device, instance, dispatch.has_tiles);
       }
     }
   }
@@ -128,10 +133,44 @@ class Pass {
 
 // Writes arrays that lie apart, or do not start where a flat array may, into a flat one.
 Pass make_copy(metal::Device& device, const std::vector<Source>& sources, mx::array& out) {
-  Pass copy(device, "Copy", {out}, sources);
+  Pass copy(device, {"Copy", {storage_of(out.dtype())}}, sources);
   copy.flat.p_out = &out;
   return copy;
 }
+
+// The same of blocks, which lie in one piece, or are still what `init` makes: one zero.
+class BlocksCopy {
+ public:
+  BlocksCopy(metal::Device& device, const mx::array& from, mx::array& to) : from_(&from), to_(&to) {
+    bool is_one = from.size() > 1 && from.data_size() == 1;
+    if (!is_one && !from.flags().row_contiguous) {
+      throw std::runtime_error("[flatstep] an array of blocks of the state is not contiguous.");
+    }
+    bool has_words =
+        !is_one && from.offset() % sizeof(uint32_t) == 0 && to.nbytes() % sizeof(uint32_t) == 0;
+    arguments_.size = to.nbytes() / (has_words ? sizeof(uint32_t) : 1);
+    arguments_.stride = is_one ? 0 : 1;
+    kernel_ = kernel_for(device, "copy", has_words ? "uint32_t" : "uint8_t");
+  }
+
+  void encode(metal::CommandEncoder& encoder) {
+    encoder.set_compute_pipeline_state(kernel_);
+    encoder.set_input_array(*from_, FLATSTEP_COPY_FROM);
+    encoder.set_output_array(*to_, FLATSTEP_COPY_TO);
+    encoder.set_bytes(arguments_, FLATSTEP_COPY_ARGUMENTS);
+    size_t group = std::min<size_t>(kernel_->maxTotalThreadsPerThreadgroup(), FLATSTEP_THREADS);
+    size_t threads = std::clamp<size_t>(arguments_.size, 1, kMaxThreads);
+    encoder.dispatch_threads(MTL::Size(threads, 1, 1), MTL::Size(std::min(group, threads), 1, 1));
+  }
+
+ private:
+  static constexpr size_t kMaxThreads = size_t(1) << 20;
+
+  const mx::array* from_;
+  mx::array* to_;
+  CopyArguments arguments_{};
+  MTL::ComputePipelineState* kernel_;
+};
 
 // One bucket's step on its way into the command buffer. All that can fail, a kernel that does not
 // compile above all, is done before anything is encoded.
@@ -143,36 +182,49 @@ class UpdateEncoder {
         inputs_(inputs),
         outputs_(outputs),
         device_(metal::device(update.stream().device)),
-        pass_(
-            device_,
-            update.rule().traits().type,
-            outputs,
-            leaves(Operand::gradients, update.has_flat_gradients())) {
+        pass_(device_, instance(), leaves(Operand::gradients, update.has_flat_gradients())) {
   }
 
   // Called once the outputs have their memory.
   void run(bool p_in_place) {
-    std::vector<Pass> passes = make_copies(p_in_place);
+    std::vector<BlocksCopy> blocks;
+    std::vector<Pass> passes = make_copies(p_in_place, blocks);
     pass_.flat.p_out = &outputs_[0];
-    for (size_t k = 0; k < update_.num_states(); ++k) {
+    for (size_t k = 0; k < update_.num_state_arrays(); ++k) {
       pass_.flat.state[k] = &outputs_[1 + k];
     }
     pass_.flat.constants = operand(Operand::constants);
     passes.push_back(std::move(pass_));
     auto& encoder = metal::get_command_encoder(update_.stream());
+    for (BlocksCopy& copy : blocks) {
+      copy.encode(encoder);
+    }
     for (Pass& pass : passes) {
       pass.encode(encoder);
     }
   }
 
  private:
-  std::vector<Pass> make_copies(bool p_in_place) {
-    std::vector<Pass> copies;
+  Instance instance() const {
+    Instance result{update_.rule().traits().type, {update_.p_storage()}};
     for (size_t k = 0; k < update_.num_states(); ++k) {
+      result.storages.push_back(update_.state_storage(k, outputs_[1 + k]));
+    }
+    return result;
+  }
+
+  std::vector<Pass> make_copies(bool p_in_place, std::vector<BlocksCopy>& blocks) {
+    std::vector<Pass> copies;
+    for (size_t k = 0; k < update_.num_state_arrays(); ++k) {
       const mx::array* state = operand(state_operand(k));
       mx::array& out = outputs_[1 + k];
-      if (out.data_shared_ptr() != state->data_shared_ptr()) {
-        // Whole, gaps and leaves without a gradient included.
+      if (out.data_shared_ptr() == state->data_shared_ptr()) {
+        continue;
+      }
+      // Whole, gaps and leaves without a gradient included.
+      if (out.dtype() == mx::uint8) {
+        blocks.emplace_back(device_, *state, out);
+      } else {
         copies.push_back(make_copy(device_, {{.array = state, .size = out.size()}}, out));
       }
     }
@@ -203,7 +255,7 @@ class UpdateEncoder {
       if (!home || !home->has(i)) {
         const mx::array* array = is_flat ? first : first + i;
         size_t begin = is_flat ? s.p_offset : 0;
-        sources.push_back({array, begin, s.size, s.p_offset, s.state_offset, s.group});
+        sources.push_back({array, begin, s.size, s.p_offset, s.state_offset, s.group, s.name});
       }
     }
     return sources;
@@ -234,9 +286,13 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx:
 
 void View::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   auto& device = metal::device(stream().device);
+  auto& encoder = metal::get_command_encoder(stream());
   for (auto& [i, part] : place_outputs(inputs[0], outputs)) {
-    Pass copy = make_copy(device, {{.array = &part, .size = outputs[i].size()}}, outputs[i]);
-    copy.encode(metal::get_command_encoder(stream()));
+    if (part.dtype() == mx::uint8) {
+      BlocksCopy(device, part, outputs[i]).encode(encoder);
+    } else {
+      make_copy(device, {{.array = &part, .size = outputs[i].size()}}, outputs[i]).encode(encoder);
+    }
   }
 }
 
@@ -259,6 +315,7 @@ void Advance::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::arr
   encoder.set_output_array(outputs.back(), FLATSTEP_ADVANCE_CONSTANTS);
   encoder.set_bytes(schedule() ? *schedule() : Schedule{}, FLATSTEP_ADVANCE_SCHEDULE);
   encoder.set_vector_bytes(groups, FLATSTEP_ADVANCE_HYPERPARAMETERS);
+  encoder.set_bytes(seed(), FLATSTEP_ADVANCE_SEED);
   MTL::Size threads(groups.size(), 1, 1);
   encoder.dispatch_threads(threads, threads);
 }

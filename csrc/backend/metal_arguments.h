@@ -17,14 +17,18 @@
 #define FLATSTEP_DIMENSIONS 9
 #define FLATSTEP_FIRST_SOURCE 10
 
-// A threadgroup has so many threads, or fewer where the GPU has it so; a thread updates so many
-// elements at a time; a tile has so many rows and columns.
+// A threadgroup has so many threads, or fewer SIMD-groups where the GPU has it so; a thread updates
+// so many elements at a time. A row of a tile is a block, and is followed by an element, so that a
+// tile's column lies in different banks of memory.
+#define FLATSTEP_SIMD_WIDTH 32
 #define FLATSTEP_THREADS 256
 #define FLATSTEP_RUN 4
-#define FLATSTEP_TILE 32
+#define FLATSTEP_TILE_ROWS 32
+#define FLATSTEP_TILE_COLUMNS FLATSTEP_BLOCK
+#define FLATSTEP_TILE_PITCH (FLATSTEP_TILE_COLUMNS + 1)
 
-// The constants of a group, as `advance` writes them in words of 32 bits: what a RoundingKey has,
-// the step in two and the seed, one that is not used, and the rule's.
+// The constants of a group, as `advance` writes them in words of 32 bits: the step, as far as
+// rounding asks for it, the seed, two that are not used, and the rule's.
 #define FLATSTEP_KEY_WORDS 4
 #define FLATSTEP_RULE_WORDS 16
 #define FLATSTEP_GROUP_WORDS (FLATSTEP_KEY_WORDS + FLATSTEP_RULE_WORDS)
@@ -36,7 +40,13 @@
 #define FLATSTEP_ADVANCE_CONSTANTS 3
 #define FLATSTEP_ADVANCE_SCHEDULE 4
 #define FLATSTEP_ADVANCE_HYPERPARAMETERS 5
+#define FLATSTEP_ADVANCE_SEED 6
 #define FLATSTEP_HYPERPARAMETER_WORDS 32
+
+// The buffers of `copy`.
+#define FLATSTEP_COPY_FROM 0
+#define FLATSTEP_COPY_TO 1
+#define FLATSTEP_COPY_ARGUMENTS 2
 
 namespace flatstep {
 
@@ -46,6 +56,11 @@ struct DispatchArguments {
   // 1: parameters are read where they are written, since Metal's compiler takes it that two buffers
   // do not overlap
   uint32_t p_in_place;
+};
+
+struct CopyArguments {
+  Step size;
+  Step stride;
 };
 
 enum SourceLayout {
@@ -68,7 +83,7 @@ struct SourceSegment {
   uint32_t source_layout;
   uint32_t first_dimension;
   uint32_t num_dimensions;
-  uint32_t padding;
+  uint32_t name;  // a hash of the leaf's, by which it is rounded
 };
 
 // Of a source that is not contiguous; neighbouring ones that one stride can walk are merged.

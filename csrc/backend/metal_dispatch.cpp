@@ -26,16 +26,20 @@ size_t ceil_div(size_t a, size_t b) {
 }
 
 // The tiles that cover a source whose last two dimensions are transposed, so that its rows lie side
-// by side; 0 when they are not, or when there are more than the kernel counts.
-size_t num_tiles(const StridedLayout& layout, size_t size) {
+// by side; 0 when they are not, when a row ends within a block, or when there are more than the
+// kernel counts.
+size_t num_tiles(const StridedLayout& layout, size_t size, bool has_blocks) {
   size_t n = layout.shape().size();
   if (n < 2 || layout.strides()[n - 2] != 1 || !layout.crosses_lines()) {
     return 0;
   }
   size_t rows = layout.shape()[n - 2];
   size_t columns = layout.shape()[n - 1];
-  size_t tiles =
-      size / (rows * columns) * ceil_div(rows, FLATSTEP_TILE) * ceil_div(columns, FLATSTEP_TILE);
+  if (has_blocks && columns % FLATSTEP_BLOCK != 0) {
+    return 0;
+  }
+  size_t tiles = size / (rows * columns) * ceil_div(rows, FLATSTEP_TILE_ROWS) *
+                 ceil_div(columns, FLATSTEP_TILE_COLUMNS);
   return tiles <= std::numeric_limits<int32_t>::max() ? tiles : 0;
 }
 
@@ -46,7 +50,7 @@ struct Described {
   size_t passes;
 };
 
-Described describe(const Source& source) {
+Described describe(const Source& source, bool has_blocks) {
   const mx::array& a = *source.array;
   Described result;
   result.passes = ceil_div(source.size, kElementsPerPass);
@@ -56,6 +60,7 @@ Described describe(const Source& source) {
   segment.state_offset = source.state_offset;
   segment.source_offset = source.first * a.itemsize();
   segment.group = source.group;
+  segment.name = source.name;
   segment.storage = static_cast<uint32_t>(storage_of(a.dtype()));
   if (a.flags().row_contiguous) {
     size_t start = static_cast<size_t>(a.offset()) + segment.source_offset;
@@ -69,7 +74,7 @@ Described describe(const Source& source) {
   }
   segment.num_dimensions = static_cast<uint32_t>(result.dimensions.size());
   segment.source_layout = SOURCE_STRIDED;
-  if (size_t tiles = num_tiles(layout, source.size)) {
+  if (size_t tiles = num_tiles(layout, source.size, has_blocks)) {
     segment.source_layout = SOURCE_TILED;
     result.passes = tiles;
   }
@@ -95,13 +100,13 @@ void make_groups(Dispatch& dispatch) {
 
 }  // namespace
 
-std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources) {
+std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources, bool has_blocks) {
   std::vector<Dispatch> dispatches;
   for (const Source& source : sources) {
     if (source.size == 0) {
       continue;
     }
-    Described described = describe(source);
+    Described described = describe(source, has_blocks);
     if (described.dimensions.size() > kMaxDimensions) {
       throw std::runtime_error("[flatstep] a gradient has too many dimensions for the GPU.");
     }

@@ -23,6 +23,7 @@ struct Source {
   size_t p_offset{0};
   size_t state_offset{0};
   uint32_t group{0};
+  uint32_t name{0};
 };
 
 struct Dispatch {
@@ -38,8 +39,8 @@ struct Dispatch {
 // The text of the kernels, which scripts/metal_source.py writes into a file of its own.
 extern const char* const kMetalSource;
 
-// Sources without elements take part in none. Throws std::runtime_error when a source has more
-// dimensions, merged, than a dispatch can describe.
-std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources);
+// Sources without elements take part in none; `has_blocks`: tiles are made of whole blocks. Throws
+// std::runtime_error when a source has more dimensions, merged, than a dispatch can describe.
+std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources, bool has_blocks);
 
 }  // namespace flatstep

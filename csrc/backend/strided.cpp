@@ -16,8 +16,9 @@ namespace flatstep {
 namespace {
 
 // What a panel can be copied as.
-static_assert(std::all_of(std::begin(kStorages), std::end(kStorages), [](const StorageTraits& s) {
-  return s.bytes == sizeof(uint32_t) || s.bytes == sizeof(uint16_t);
+static_assert(std::all_of(kStorages, kStorages + kNumPlainStorages, [](const StorageTraits& s) {
+  size_t bytes = s.block_bytes / FLATSTEP_BLOCK;
+  return bytes == sizeof(uint32_t) || bytes == sizeof(uint16_t);
 }));
 
 // A panel of columns is so wide, and so many of its elements stay in the cache.
@@ -192,18 +193,34 @@ const char* StridedReader::read(size_t begin, size_t& n) {
   size_t length = layout_.row_length();
   size_t row = begin / length;
   size_t column = begin % length;
-  const Panel& p = panel_;
-  bool is_here = row >= p.row && row < p.row + p.num_rows && column >= p.column &&
-                 column < p.column + p.num_columns;
-  if (!is_here) {
+  if (!has(row, column)) {
     fill(row, column);
   }
-  size_t in_row = column - p.column;
-  size_t at = (row - p.row) * p.pitch + in_row;
+  const Panel& p = panel_;
+  size_t at = place(row, column);
   // Rows that are whole and follow each other can be read on.
   bool is_whole = p.num_columns == length && p.pitch == length;
-  n = std::min(n, is_whole ? p.num_rows * length - at : p.num_columns - in_row);
+  n = std::min(n, is_whole ? p.num_rows * length - at : p.column + p.num_columns - column);
   return reinterpret_cast<const char*>(elements_) + at * itemsize_;
+}
+
+void StridedReader::copy(size_t begin, size_t n, char* out) const {
+  size_t length = layout_.row_length();
+  for (size_t i = begin; i < begin + n; ++i, out += itemsize_) {
+    size_t row = i / length;
+    size_t column = i % length;
+    auto in_data = static_cast<int64_t>(column) * layout_.column_stride() + layout_.row_start(row);
+    const char* from =
+        has(row, column) ? reinterpret_cast<const char*>(elements_) + place(row, column) * itemsize_
+                         : data_ + in_data * static_cast<int64_t>(itemsize_);
+    std::memcpy(out, from, itemsize_);
+  }
+}
+
+bool StridedReader::has(size_t row, size_t column) const {
+  const Panel& p = panel_;
+  return row >= p.row && row < p.row + p.num_rows && column >= p.column &&
+         column < p.column + p.num_columns;
 }
 
 void StridedReader::fill(size_t row, size_t column) {

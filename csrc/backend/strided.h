@@ -81,8 +81,16 @@ class StridedReader {
   // The elements with row-major numbers from `begin`, contiguous: at most `n` of them, and `n` is
   // set to how many, at least one.
   const char* read(size_t begin, size_t& n);
+  // The same elements, all n of them, to `out`: one by one where the panel ends, for the walk is
+  // not there yet.
+  void copy(size_t begin, size_t n, char* out) const;
 
  private:
+  bool has(size_t row, size_t column) const;
+  // Where an element of the panel is, from the panel's start.
+  size_t place(size_t row, size_t column) const {
+    return (row - panel_.row) * panel_.pitch + column - panel_.column;
+  }
   void fill(size_t row, size_t column);
 
   const StridedLayout& layout_;

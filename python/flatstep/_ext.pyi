@@ -1,6 +1,7 @@
 """The compiled engine of flatstep."""
 
 from collections.abc import Mapping, Sequence
+import enum
 
 import mlx.core
 
@@ -12,6 +13,9 @@ class Rule:
     def num_states(self) -> int:
         """How many state arrays a step updates."""
 
+    def has_sign(self, k: int) -> bool:
+        """Whether values of state number k may be below zero."""
+
     @property
     def type(self) -> str:
         """The name of its struct in csrc/rules.h."""
@@ -21,6 +25,39 @@ class Rule:
         """
         The hyperparameters of each group of parameters, as a kernel gets them.
         """
+
+class Rounding(enum.Enum):
+    """How half-precision parameters are rounded."""
+
+    NEAREST = 0
+
+    STOCHASTIC = 1
+
+    KEEP_8_BITS = 2
+
+    KEEP_16_BITS = 3
+
+def block_bytes() -> int:
+    """Of a block of 8-bit codes with its scale."""
+
+def rest_bytes(rounding: Rounding, dtype: mlx.core.Dtype) -> int:
+    """Of what lies beside a block of parameters; 0: nothing."""
+
+def load_codes(blocks: mlx.core.array, has_sign: bool) -> mlx.core.array:
+    """Codes and scales as float32 of shape (blocks, 64)."""
+
+def store_codes(values: mlx.core.array, has_sign: bool) -> mlx.core.array:
+    """Codes and scales of float32 of shape (blocks, 64)."""
+
+def load_split(
+    parameters: mlx.core.array, rests: mlx.core.array, rounding: Rounding
+) -> mlx.core.array:
+    """Master weights as float32 of shape (blocks, 64)."""
+
+def store_split(
+    values: mlx.core.array, dtype: mlx.core.Dtype, rounding: Rounding
+) -> tuple[mlx.core.array, mlx.core.array]:
+    """Parameters of this dtype, of shape (blocks, 64), and their rests."""
 
 class PlainSchedule:
     """A schedule as data that a kernel evaluates."""
@@ -47,6 +84,7 @@ class Layout:
         paths: Sequence[str],
         shapes: Sequence[Sequence[int]],
         dtypes: Sequence[mlx.core.Dtype],
+        kinds: Sequence[int],
         bucket_bytes: int,
     ) -> None: ...
     @property
@@ -98,6 +136,8 @@ def step(
     state: list[list[mlx.core.array]],
     step: mlx.core.array,
     learning_rate: mlx.core.array | None,
+    rounding: Rounding = Rounding.NEAREST,
+    seed: int = 0,
     stream: mlx.core.Stream
     | mlx.core.ThreadLocalStream
     | mlx.core.Device

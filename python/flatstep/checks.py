@@ -7,7 +7,8 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from .layout import FLOATING, Layout, name_of, unsupported
+from .layout import Layout, name_of, unsupported
+from .slots import FLOATING
 from .walk import CONTAINERS, Keys, build, check_depth, children, inner_like, path_of
 
 # The nearest float32 of a number from here on is infinite.

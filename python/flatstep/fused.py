@@ -2,26 +2,25 @@
 
 from collections.abc import Callable
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
-from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
 from . import _ext
+from .additions import Additions
 from .checks import (
     as_learning_rate,
     as_step,
     check_array,
-    check_flat_arrays,
     check_layout,
     check_state,
     check_tree,
-    misfit,
-    with_state,
 )
-from .layout import FLOATING, Layout, Segment, name_of, single_step
+from .layout import Layout, single_step
+from .precision import Precision
 from .schedulers import plain_schedule
+from .slots import MASTER, StateForm
 from .state import State
 from .trees import matching_part
 from .walk import plain
@@ -29,16 +28,7 @@ from .walk import plain
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
 
 
-class FlatUpdate(NamedTuple):
-    """What ``flat_update`` returns: arrays for the next call."""
-
-    parameter: mx.array
-    state: tuple[mx.array, ...]
-    step: mx.array
-    learning_rate: mx.array
-
-
-class FusedOptimizer(Optimizer):
+class FusedOptimizer(Additions):
     """What the optimizers here share: an ``mlx.optimizers.Optimizer`` whose update is one pass.
 
     Each is a subclass of its namesake in MLX too, for ``isinstance`` only: ``Optimizer`` is named
@@ -46,22 +36,54 @@ class FusedOptimizer(Optimizer):
 
     Args:
         learning_rate (float or callable): The learning rate, or a schedule of it.
-        state_dtype (mx.Dtype, optional): How the state is stored: ``mx.float32``, ``mx.float16`` or
-          ``mx.bfloat16``. Default: ``mx.float32``, whatever the parameters are. (MLX stores the
-          state in the parameters' dtype; a bfloat16 ``v`` can't decay, since 0.999 v rounds to v.)
+        state_dtype (mx.Dtype, optional): How the state is stored: ``mx.float32``, ``mx.float16``,
+          ``mx.bfloat16``, or ``mx.int8`` for 8-bit codes with a float32 scale for each 64 of them.
+          Default: ``mx.float32``, whatever the parameters are, and ``mx.int8`` for the optimizers
+          whose names end in ``8bit``. (MLX stores the state in the parameters' dtype; a bfloat16
+          ``v`` can't decay, since 0.999 v rounds to v.)
+        master_weight_bits (int, optional): ``24`` or ``32``: what float16 and bfloat16 parameters
+          lack of weights with so many bits is kept beside them, in 8 or 16 bits, so that steps too
+          small for the parameter add up. See :meth:`master_weights`. Default: ``None``
+        stochastic_rounding (bool, optional): Round float16 and bfloat16 parameters up or down by
+          chance, so that small steps are taken in the mean, at no bytes. Default: ``False``
+        full_precision (callable, optional): ``(path, parameter) -> bool``: which parameters keep
+          float32 state under ``state_dtype=mx.int8``, besides those with fewer than 4,096 elements.
+        seed (int, optional): Of all that is rounded by chance. Default: ``0``
+
+    Raises:
+        ValueError: an argument is not one of those.
+
+    Example:
+        >>> import flatstep as optim, mlx.core as mx
+        >>> optimizer = optim.AdamW(1e-5, master_weight_bits=24, state_dtype=mx.int8)
+        >>> optimizer.init({"w": mx.zeros((64, 64), mx.bfloat16)})
+        >>> list(optimizer.state["w"])
+        ['m', 'v', 'master']
     """
 
     # The names of the state that a rule keeps for each parameter, in the engine's order.
     slots: tuple[str, ...] = ()
+    # What `state_dtype` is if it is not said.
+    default_state_dtype = "float32"
 
-    def __init__(self, learning_rate: LearningRate, state_dtype: mx.Dtype | None = None):
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        state_dtype: mx.Dtype | None = None,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
+        full_precision: Callable[[str, mx.array], bool] | None = None,
+        seed: int = 0,
+    ):
         Optimizer.__init__(self)
-        if state_dtype is not None and state_dtype not in FLOATING:
-            wanted = "mx.float32, mx.float16 or mx.bfloat16"
-            raise ValueError(misfit("state_dtype", wanted, repr(state_dtype)))
+        self._precision = Precision.of(
+            state_dtype or getattr(mx, self.default_state_dtype),
+            master_weight_bits,
+            stochastic_rounding,
+            full_precision,
+            seed,
+        )
         self._state = State(self._state)
-        # By name: an mx.Dtype can be neither copied nor pickled.
-        self._state_dtype_name = name_of(state_dtype or mx.float32)
         self._maybe_schedule("learning_rate", learning_rate)
 
     def rule(self) -> _ext.Rule:
@@ -104,7 +126,7 @@ class FusedOptimizer(Optimizer):
             self._state = State(plain(state))
             Optimizer.init(self, parameters)
             return
-        layout, flat = state.make_flat(parameters, self.slots, self.state_dtype)
+        layout, flat = state.make_flat(parameters, self._form)
         check_layout(state.layout, layout)
         state.commit(layout, flat, {})
         self._initialized = True
@@ -148,26 +170,27 @@ class FusedOptimizer(Optimizer):
         layout = state.layout if self._initialized else None
         result = None
         if layout is not None:
-            flat = {slot: state.flat_arrays(slot) for slot in self.slots}
+            flat = {slot: state.flat_arrays(slot) for slot in layout.form.flat_slots}
             result = self._step(layout, flat, gradients, parameters, scheduled)
         if layout is None or result is None:
             # The first step, or parameters were cast since `init`: lay them out as they are.
             part = matching_part(gradients, parameters)
-            layout, flat = state.make_flat(part, self.slots, self.state_dtype)
+            layout, flat = state.make_flat(part, self._form)
             result = self._step(layout, flat, gradients, parameters, scheduled)
             assert result is not None
-        updated, slots, step, learning_rate = result
+        updated, written, step, learning_rate = result
 
         scalars = {**scheduled, "step": step}
         if learning_rate is not None:
             scalars["learning_rate"] = learning_rate
-        state.commit(layout, {**flat, **dict(zip(self.slots, slots, strict=False))}, scalars)
+        state.commit(layout, {**flat, **written}, scalars)
         self._initialized = True
         return updated
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         """Initialize the state of one parameter; for subclasses that extend it."""
         check_array("init_single: parameter", parameter)
+        self._precision.check_plain(f"{type(self).__name__}: init_single")
         for slot in self.slots:
             state[slot] = mx.zeros(parameter.shape, self.state_dtype)
 
@@ -178,6 +201,7 @@ class FusedOptimizer(Optimizer):
 
         As in MLX, ``self.step`` counts this step already.
         """
+        self._precision.check_plain(f"{type(self).__name__}: apply_single")
         rule = self.rule()
         used = self.slots[: rule.num_states]
         for name, array in (("gradient", gradient), ("parameter", parameter)):
@@ -190,6 +214,8 @@ class FusedOptimizer(Optimizer):
             [state[slot] for slot in used],
             self.step - mx.array(1, mx.uint64),
             as_learning_rate(self.learning_rate),
+            self._precision.rounding,
+            self._precision.seed,
         )
         state.update(zip(used, values, strict=True))
         return updated
@@ -211,12 +237,12 @@ class FusedOptimizer(Optimizer):
         layout = adopted.layout if isinstance(adopted, State) else None
         if isinstance(adopted, State) and "learning_rate" in adopted:
             as_learning_rate(adopted["learning_rate"])
-        if layout is not None and layout.slots != self.slots:
+        if layout is not None and layout.form.slots != self.slots:
             raise ValueError(
-                f"state of an optimizer that keeps {', '.join(layout.slots)} was set on "
+                f"state of an optimizer that keeps {', '.join(layout.form.slots)} was set on "
                 f"{type(self).__name__}, which keeps {', '.join(self.slots)}"
             )
-        self._state = adopted.in_dtype(self.state_dtype) if layout else adopted
+        self._state = adopted.in_form(self._form) if layout else adopted
         self._initialized = layout is not None
 
     @property
@@ -228,98 +254,6 @@ class FusedOptimizer(Optimizer):
     @learning_rate.setter
     def learning_rate(self, learning_rate: float | mx.array) -> None:
         self.state["learning_rate"] = copy(as_learning_rate(learning_rate))
-
-    # ---- What flatstep adds ----
-
-    @property
-    def layout(self) -> list[Segment]:
-        """Where each parameter and its state lie in flat memory, in the order of the tree.
-
-        Empty before ``init``. Offsets and sizes count elements of the bucket's flat arrays.
-        """
-        layout = self._layout
-        return layout.segments() if layout else []
-
-    def is_flat(self, parameters: Any) -> bool:
-        """Whether the parameters lie in the flat buffers as a step leaves them.
-
-        If so, and if nobody else holds them, the next step updates them in place. Evaluates the
-        parameters.
-
-        Args:
-            parameters (dict): A Python tree of parameters, or a part of it.
-
-        Raises:
-            TypeError: the tree is no dict, or a leaf no array.
-            ValueError: the tree does not fit the layout; the message names the path.
-        """
-        tree = with_state(parameters.parameters() if isinstance(parameters, Module) else parameters)
-        layout = self._layout
-        return layout is not None and _ext.are_flat(layout.engine, layout.skeleton, tree)
-
-    def flat_update(
-        self,
-        parameter: mx.array,
-        gradient: mx.array,
-        *state: mx.array,
-        step: int | mx.array,
-        learning_rate: float | mx.array | None = None,
-    ) -> FlatUpdate:
-        """One step of one flat array, for those who keep their own buffers.
-
-        The optimizer gives the rule, its hyperparameters and the schedule; its own state is neither
-        read nor changed. Arrays that nobody else holds are updated in place once the parameter is
-        one that this call returned.
-
-        Args:
-            parameter (mx.array): shape (n,), float32, float16 or bfloat16.
-            gradient (mx.array): shape (n,), any of these dtypes.
-            *state (mx.array): the arrays named by ``optimizer.slots``, shape (n,), any of these
-              dtypes. SGD without momentum takes none.
-            step (int or mx.array): steps taken so far, an int >= 0 or an integer scalar.
-            learning_rate (float or mx.array, optional): Default: the optimizer's schedule at
-              ``step``, or its learning rate.
-
-        Returns:
-            FlatUpdate: ``(parameter, state, step, learning_rate)`` after the step.
-
-        Raises:
-            ValueError: a shape or the number of state arrays does not match, or ``step`` is
-              negative.
-            TypeError: a dtype is not supported.
-
-        Example:
-            >>> import flatstep as optim, mlx.core as mx
-            >>> optimizer = optim.SGD(learning_rate=0.5, momentum=0.9)
-            >>> p, (v,), step, _ = optimizer.flat_update(
-            ...     mx.zeros(3), mx.ones(3), mx.zeros(3), step=0
-            ... )
-            >>> p
-            array([-0.5, -0.5, -0.5], dtype=float32)
-        """
-        rule = self.rule()
-        names = self.slots[: rule.num_states]
-        if len(state) != len(names):
-            raise ValueError(
-                f"flat_update: {type(self).__name__} takes {len(names)} state arrays "
-                f"{names}, {len(state)} were provided"
-            )
-        slots = dict(zip(names, state, strict=True))
-        check_flat_arrays({"parameter": parameter, "gradient": gradient, **slots})
-        count = as_step(step)
-        plain = None
-        if learning_rate is None:
-            plain = self._plain_schedule()
-            if plain is None:
-                schedule = self._schedulers.get("learning_rate")
-                learning_rate = schedule(count) if schedule else self.learning_rate
-        rate = None if learning_rate is None else as_learning_rate(learning_rate)
-        updated, values, next_step, scheduled = single_step(
-            parameter, gradient, rule, plain, state, count, rate
-        )
-        rate = rate if scheduled is None else scheduled
-        assert rate is not None
-        return FlatUpdate(updated, values, next_step, rate)
 
     # ---- Inner workings ----
 
@@ -339,34 +273,47 @@ class FusedOptimizer(Optimizer):
         gradients: Any,
         parameters: Any,
         scheduled: dict[str, mx.array],
-    ) -> tuple[Any, list[list[mx.array]], mx.array, mx.array | None] | None:
-        rule = self.rule()
+    ) -> tuple[Any, dict[str, list[mx.array]], mx.array, mx.array | None] | None:
+        rule, precision = self.rule(), self._precision
+        slots = self.slots[: rule.num_states]
+        if precision.master_weight_bits:
+            slots = (*slots, MASTER)
         plain = self._plain_schedule()
         rate = None
         if plain is None:
             rate = scheduled.get("learning_rate")
             rate = as_learning_rate(self.learning_rate) if rate is None else rate
-        return _ext.step(
+        result = _ext.step(
             layout.engine,
             layout.skeleton,
             gradients,
             parameters,
             rule,
             plain,
-            [flat[slot] for slot in self.slots[: rule.num_states]],
+            [flat[slot] for slot in slots],
             as_step(self.step),
             rate,
+            precision.rounding,
+            precision.seed,
         )
+        if result is None:
+            return None
+        updated, written, step, learning_rate = result
+        return updated, dict(zip(slots, written, strict=True)), step, learning_rate
 
     @property
-    def _layout(self) -> Layout | None:
-        return self._state.layout if isinstance(self._state, State) else None
-
-    @property
-    def state_dtype(self) -> mx.Dtype:
-        """How the state is stored; chosen when the optimizer is made."""
-        dtype: mx.Dtype = getattr(mx, self._state_dtype_name)
-        return dtype
+    def _form(self) -> StateForm:
+        """How the state is kept."""
+        rule = self.rule()
+        unsigned = tuple(slot for k, slot in enumerate(self.slots) if not rule.has_sign(k))
+        precision = self._precision
+        return StateForm(
+            self.slots,
+            unsigned,
+            precision.state_dtype,
+            precision.master_weight_bits,
+            precision.full_precision,
+        )
 
     def _plain_schedule(self) -> _ext.PlainSchedule | None:
         schedule = self._schedulers.get("learning_rate")

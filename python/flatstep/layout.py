@@ -8,17 +8,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext
+from .slots import BLOCK, Codes, StateForm, Storage, Values, num_blocks
 from .walk import CONTAINERS, Keys, children
 
 # Small enough that gradients are freed while the backward pass goes on: with 32 MiB the peak of a
 # whole step is above that of mlx.optimizers, with 4 MiB below it. Large enough that the cost of a
-# bucket, some 20 microseconds, does not count.
+# bucket, some 20 microseconds, does not count. In half precision it is half of this: MLX has the
+# gradients of so many buckets at once, not of so many bytes.
 BUCKET_BYTES = 4 << 20
-
-# A segment starts on a boundary of so many elements, and a flat array has rows of them.
-BLOCK = 64
-
-FLOATING = (mx.float32, mx.float16, mx.bfloat16)
 
 
 class Segment(NamedTuple):
@@ -33,11 +30,13 @@ class Segment(NamedTuple):
 
 
 class LeafSpec(NamedTuple):
-    """A leaf of the tree: the keys that lead to it, and what its parameter looks like."""
+    """A leaf of the tree: the keys that lead to it, what its parameter looks like, and how its
+    state is stored, as the name of a dtype."""
 
     keys: Keys
     shape: tuple[int, ...]
     dtype: mx.Dtype
+    state: str
 
     @property
     def path(self) -> str:
@@ -55,25 +54,33 @@ class Layout:
         self,
         skeleton: dict[str, Any],
         leaves: Sequence[LeafSpec],
-        slots: Sequence[str],
+        form: StateForm,
         bucket_bytes: int,
     ):
         self.skeleton = skeleton
         self.leaves = list(leaves)
-        self.slots = tuple(slots)
+        self.form = form
         self.engine = _ext.Layout(
             [leaf.path for leaf in self.leaves],
             [list(leaf.shape) for leaf in self.leaves],
             [leaf.dtype for leaf in self.leaves],
+            [int(leaf.state == "int8") for leaf in self.leaves],
             bucket_bytes,
         )
         self.places = self.engine.segments
-        self.bucket_shapes = [(blocks, BLOCK) for blocks in self.engine.bucket_blocks]
+        self.bucket_blocks = self.engine.bucket_blocks
+        # What lies in a bucket is stored alike.
+        self.buckets: list[list[int]] = [[] for _ in self.bucket_blocks]
+        for number, (bucket, _) in enumerate(self.places):
+            self.buckets[bucket].append(number)
         self.text = json.dumps(
             {
-                "slots": self.slots,
+                "slots": form.slots,
+                "unsigned": form.unsigned,
+                "state_dtype": form.state_dtype,
+                "master_weight_bits": form.master_weight_bits,
                 "bucket_bytes": bucket_bytes,
-                "leaves": [(leaf.shape, name_of(leaf.dtype)) for leaf in self.leaves],
+                "leaves": [(leaf.shape, name_of(leaf.dtype), leaf.state) for leaf in self.leaves],
                 "tree": _to_tokens(skeleton),
             }
         )
@@ -85,10 +92,12 @@ class Layout:
         skeleton = _from_tokens(data["tree"])
         keys = _keys_of_leaves(skeleton)
         leaves = [
-            LeafSpec(keys[i], tuple(shape), getattr(mx, dtype))
-            for i, (shape, dtype) in enumerate(data["leaves"])
+            LeafSpec(keys[i], tuple(shape), getattr(mx, dtype), state)
+            for i, (shape, dtype, state) in enumerate(data["leaves"])
         ]
-        return cls(skeleton, leaves, data["slots"], data["bucket_bytes"])
+        slots, unsigned = tuple(data["slots"]), tuple(data["unsigned"])
+        form = StateForm(slots, unsigned, data["state_dtype"], data["master_weight_bits"])
+        return cls(skeleton, leaves, form, data["bucket_bytes"])
 
     def segments(self) -> list[Segment]:
         """The place of each leaf, in the order of the tree."""
@@ -97,37 +106,73 @@ class Layout:
             for leaf, (bucket, offset) in zip(self.leaves, self.places, strict=True)
         ]
 
-    def leaf_view(self, flat: Sequence[mx.array], number: int) -> mx.array:
-        """Leaf ``number`` of one slot's flat arrays, sharing their memory."""
-        bucket, offset = self.places[number]
-        return _ext.views(flat[bucket], [(list(self.leaves[number].shape), offset)])[0]
+    def slots_of(self, number: int) -> tuple[str, ...]:
+        """The names of what the state has for a leaf."""
+        return self.form.leaf_slots(self.leaves[number].dtype)
 
-    def write_leaf(self, flat: list[mx.array], number: int, value: mx.array | None) -> None:
+    def storage(self, slot: str, number: int) -> Storage | None:
+        leaf = self.leaves[number]
+        return self.form.storage(slot, leaf.state, leaf.dtype)
+
+    def flat_shape(self, slot: str, bucket: int) -> tuple[int, int]:
+        """Of one slot's flat array."""
+        storage = self.storage(slot, self.buckets[bucket][0])
+        return (self.bucket_blocks[bucket], storage.row) if storage else (0, 1)
+
+    def leaf_view(self, slot: str, flat: Sequence[mx.array], number: int) -> Any:
+        """What a user sees of a slot of leaf ``number``, from the slot's flat arrays."""
+        bucket, offset = self.places[number]
+        storage = self.storage(slot, number)
+        assert storage is not None
+        return storage.shown(flat[bucket], offset // BLOCK, self.leaves[number].shape)
+
+    def leaf_rows(self, flat: Sequence[mx.array], number: int) -> mx.array:
+        """The rows of one slot's flat arrays that are leaf ``number``."""
+        bucket, offset = self.places[number]
+        first = offset // BLOCK
+        return flat[bucket][first : first + num_blocks(self.leaves[number].shape)]
+
+    def leaf_floats(self, slot: str, flat: Sequence[mx.array], number: int) -> mx.array:
+        """A slot of leaf ``number`` as floats, from the slot's flat arrays."""
+        storage = self.storage(slot, number)
+        assert isinstance(storage, (Values, Codes))
+        bucket, offset = self.places[number]
+        return storage.floats(flat[bucket], offset // BLOCK, self.leaves[number].shape)
+
+    def write_leaf(self, slot: str, flat: list[mx.array], number: int, value: Any) -> None:
         """Replaces leaf ``number`` in one slot's flat arrays; None is zero."""
+        self.write_rows(flat, number, self._rows(slot, number, value))
+
+    def write_rows(self, flat: list[mx.array], number: int, new: mx.array) -> None:
+        """Replaces the rows of leaf ``number`` in one slot's flat arrays."""
         bucket, offset = self.places[number]
         old = flat[bucket]
-        new = self._in_blocks(value, number, old.dtype)
         if 0 < new.shape[0] < old.shape[0]:
             new = mx.slice_update(old, new, mx.array([offset // BLOCK]), [0])
         flat[bucket] = new if new.shape[0] else old
 
-    def pack(self, values: Sequence[Any], dtype: mx.Dtype) -> list[mx.array]:
+    def pack(self, slot: str, values: Sequence[Any]) -> list[mx.array]:
         """One slot's flat arrays from its leaves; a leaf of None starts at zero."""
-        by_bucket: list[list[int]] = [[] for _ in self.bucket_shapes]
-        for number, (bucket, _) in enumerate(self.places):
-            by_bucket[bucket].append(number)
         # Zeros are one element until a step writes them; evaluated mx.zeros take their full size.
         return [
-            mx.broadcast_to(mx.array(0, dtype), shape)
+            self._zeros(slot, bucket)
             if all(values[number] is None for number in numbers)
-            else mx.concatenate([self._in_blocks(values[n], n, dtype) for n in numbers])
-            for shape, numbers in zip(self.bucket_shapes, by_bucket, strict=True)
+            else mx.concatenate([self._rows(slot, n, values[n]) for n in numbers])
+            for bucket, numbers in enumerate(self.buckets)
         ]
 
-    def _in_blocks(self, value: mx.array | None, number: int, dtype: mx.Dtype) -> mx.array:
+    def _zeros(self, slot: str, bucket: int) -> mx.array:
+        storage = self.storage(slot, self.buckets[bucket][0])
+        dtype = storage.dtype if storage else mx.uint8
+        return mx.broadcast_to(mx.array(0, dtype), self.flat_shape(slot, bucket))
+
+    def _rows(self, slot: str, number: int, value: Any) -> mx.array:
+        storage = self.storage(slot, number)
+        if storage is None:
+            return mx.zeros((0, 1), mx.uint8)
         if value is None:
-            return mx.zeros((-(-prod(self.leaves[number].shape) // BLOCK), BLOCK), dtype)
-        return in_blocks(value.astype(dtype))
+            return mx.zeros((num_blocks(self.leaves[number].shape), storage.row), storage.dtype)
+        return storage.rows(value)
 
 
 def single_step(
@@ -138,25 +183,18 @@ def single_step(
     state: Sequence[mx.array],
     step: mx.array,
     learning_rate: mx.array | None,
+    rounding: _ext.Rounding,
+    seed: int,
 ) -> tuple[mx.array, tuple[mx.array, ...], mx.array, mx.array | None]:
     """A step of one array by itself: a tree of one leaf, whose state is as long as it likes."""
-    layout = _ext.Layout(["parameter"], [parameter.shape], [parameter.dtype], 0)
+    layout = _ext.Layout(["parameter"], [parameter.shape], [parameter.dtype], [0], 0)
     trees = ({"parameter": 0}, {"parameter": gradient}, {"parameter": parameter})
     buckets = [[array] for array in state]
-    result: Any = _ext.step(layout, *trees, rule, schedule, buckets, step, learning_rate)
+    result: Any = _ext.step(
+        layout, *trees, rule, schedule, buckets, step, learning_rate, rounding, seed
+    )
     updated, new_state, next_step, scheduled = result
     return updated["parameter"], tuple(array for (array,) in new_state), next_step, scheduled
-
-
-def in_blocks(value: mx.array) -> mx.array:
-    """The elements of an array, padded with zeros, as rows of a flat array.
-
-    A dimension is an int32, so a large array must not become one-dimensional on the way.
-    """
-    rest = value.size % BLOCK
-    if rest == 0:
-        return value.reshape(value.size // BLOCK, BLOCK)
-    return mx.pad(value.reshape(-1), (0, BLOCK - rest)).reshape(-1, BLOCK)
 
 
 def name_of(dtype: mx.Dtype) -> str:

@@ -1,10 +1,11 @@
 """The optimizers with the interface of ``mlx.optimizers``, on the fused engine."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import mlx.optimizers as mlx_optimizers
 
 # What flatstep has no rule for yet comes from MLX as it is, so that changing the import is enough.
@@ -21,10 +22,16 @@ from mlx.optimizers import (
 )
 
 from . import _ext
+from .additions import FlatUpdate
 from .checks import as_betas, as_finite
-from .fused import FlatUpdate, FusedOptimizer, LearningRate
+from .fused import FusedOptimizer, LearningRate
+from .precision import StorageOptions
 
-__all__ = ["SGD", "Adam", "AdamW", "FlatUpdate", "Lion"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["SGD", "Adam", "AdamW", "FlatUpdate", "FusedOptimizer", "Lion"]
+__all__ += ["Adam8bit", "AdamW8bit", "Lion8bit", "SGD8bit"]
 __all__ += ["AdaDelta", "Adafactor", "Adagrad", "Adamax", "Muon", "RMSprop"]
 __all__ += ["MultiOptimizer", "Optimizer", "clip_grad_norm"]
 
@@ -55,7 +62,8 @@ class SGD(FusedOptimizer, mlx_optimizers.SGD):
         weight_decay (float, optional): The weight decay (L2 penalty). Default: ``0``
         dampening (float, optional): Dampening for momentum :math:`\tau`. Default: ``0``
         nesterov (bool, optional): Enables Nesterov momentum. Default: ``False``
-        state_dtype (mx.Dtype, optional): How ``v`` is stored. Default: ``mx.float32``
+        **storage: How state and parameters are stored: ``state_dtype``, ``master_weight_bits``,
+          ``stochastic_rounding``, ``full_precision`` and ``seed``, see :class:`FusedOptimizer`.
 
     Raises:
         ValueError: an argument is not finite in float32, or out of its range.
@@ -78,10 +86,9 @@ class SGD(FusedOptimizer, mlx_optimizers.SGD):
         weight_decay: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
-        *,
-        state_dtype: mx.Dtype | None = None,
+        **storage: Unpack[StorageOptions],
     ):
-        super().__init__(learning_rate, state_dtype)
+        super().__init__(learning_rate, **storage)
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
@@ -124,7 +131,8 @@ class Adam(FusedOptimizer, mlx_optimizers.Adam):
           numerical stability. Default: ``1e-8``
         bias_correction (bool, optional): If set to ``True``, bias correction is applied.
           Default: ``False``
-        state_dtype (mx.Dtype, optional): How ``m`` and ``v`` are stored. Default: ``mx.float32``
+        **storage: How state and parameters are stored: ``state_dtype``, ``master_weight_bits``,
+          ``stochastic_rounding``, ``full_precision`` and ``seed``, see :class:`FusedOptimizer`.
 
     Raises:
         ValueError: an argument is not finite in float32, or out of its range.
@@ -146,10 +154,9 @@ class Adam(FusedOptimizer, mlx_optimizers.Adam):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         bias_correction: bool = False,
-        *,
-        state_dtype: mx.Dtype | None = None,
+        **storage: Unpack[StorageOptions],
     ):
-        super().__init__(learning_rate, state_dtype)
+        super().__init__(learning_rate, **storage)
         self.betas: Any = betas
         self.eps = eps
         self.bias_correction = bias_correction
@@ -191,7 +198,8 @@ class AdamW(Adam, mlx_optimizers.AdamW):
         weight_decay (float, optional): The weight decay :math:`\lambda`. Default: ``0.01``.
         bias_correction (bool, optional): If set to ``True``, bias correction is applied, as in
           :class:`Adam`. Default: ``False``
-        state_dtype (mx.Dtype, optional): How ``m`` and ``v`` are stored. Default: ``mx.float32``
+        **storage: How state and parameters are stored: ``state_dtype``, ``master_weight_bits``,
+          ``stochastic_rounding``, ``full_precision`` and ``seed``, see :class:`FusedOptimizer`.
 
     Raises:
         ValueError: an argument is not finite in float32, or out of its range.
@@ -212,10 +220,9 @@ class AdamW(Adam, mlx_optimizers.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         bias_correction: bool = False,
-        *,
-        state_dtype: mx.Dtype | None = None,
+        **storage: Unpack[StorageOptions],
     ):
-        super().__init__(learning_rate, betas, eps, bias_correction, state_dtype=state_dtype)
+        super().__init__(learning_rate, betas, eps, bias_correction, **storage)
         self.weight_decay = weight_decay
         self.rule()
 
@@ -242,7 +249,8 @@ class Lion(FusedOptimizer, mlx_optimizers.Lion):
         betas (Tuple[float, float], optional): The coefficients :math:`(\beta_1, \beta_2)` of the
           direction and of the momentum. Default: ``(0.9, 0.99)``
         weight_decay (float, optional): The weight decay :math:`\lambda`. Default: ``0.0``
-        state_dtype (mx.Dtype, optional): How ``m`` is stored. Default: ``mx.float32``
+        **storage: How state and parameters are stored: ``state_dtype``, ``master_weight_bits``,
+          ``stochastic_rounding``, ``full_precision`` and ``seed``, see :class:`FusedOptimizer`.
 
     Raises:
         ValueError: an argument is not finite in float32, or out of its range.
@@ -263,10 +271,9 @@ class Lion(FusedOptimizer, mlx_optimizers.Lion):
         learning_rate: LearningRate,
         betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        *,
-        state_dtype: mx.Dtype | None = None,
+        **storage: Unpack[StorageOptions],
     ):
-        super().__init__(learning_rate, state_dtype)
+        super().__init__(learning_rate, **storage)
         self.betas: Any = betas
         self.weight_decay = weight_decay
         self.rule()
@@ -276,3 +283,51 @@ class Lion(FusedOptimizer, mlx_optimizers.Lion):
         weight_decay = as_finite("Lion weight_decay", self.weight_decay)
         # MLX leaves out a decay that is negative.
         return make_rule("lion", beta1=beta1, beta2=beta2, weight_decay=max(weight_decay, 0.0))
+
+
+class SGD8bit(SGD):
+    """:class:`SGD` with ``state_dtype=mx.int8``: 1.06 bytes of state a parameter, not 4.
+
+    Example:
+        >>> import flatstep as optim
+        >>> optim.SGD8bit(0.1, momentum=0.9).state_dtype
+        mlx.core.int8
+    """
+
+    default_state_dtype = "int8"
+
+
+class Adam8bit(Adam):
+    """:class:`Adam` with ``state_dtype=mx.int8``: 2.13 bytes of state a parameter, not 8.
+
+    Example:
+        >>> import flatstep as optim
+        >>> optim.Adam8bit(1e-3).state_dtype
+        mlx.core.int8
+    """
+
+    default_state_dtype = "int8"
+
+
+class AdamW8bit(AdamW):
+    """:class:`AdamW` with ``state_dtype=mx.int8``: 2.13 bytes of state a parameter, not 8.
+
+    Example:
+        >>> import flatstep as optim
+        >>> optim.AdamW8bit(1e-3, master_weight_bits=24).state_dtype
+        mlx.core.int8
+    """
+
+    default_state_dtype = "int8"
+
+
+class Lion8bit(Lion):
+    """:class:`Lion` with ``state_dtype=mx.int8``: 1.06 bytes of state a parameter, not 4.
+
+    Example:
+        >>> import flatstep as optim
+        >>> optim.Lion8bit(1e-4).state_dtype
+        mlx.core.int8
+    """
+
+    default_state_dtype = "int8"

@@ -10,7 +10,7 @@ Until the optimizer is initialised, and after a user has set a tree of their own
 arrays: storage and interface are then the same, those of a plain dict.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,6 +20,7 @@ from . import _ext
 from .checks import as_learning_rate, as_step
 from .layout import BUCKET_BYTES, Layout
 from .live import LiveMapping
+from .slots import HALVES, StateForm
 from .state_nodes import Node, assign, node_at, refill
 from .trees import FLAT_KEY, merge_trees
 from .walk import check_depth, plain
@@ -82,32 +83,37 @@ class State(LiveMapping):
             dict.pop(self, key, None)
         refill(self)
 
-    def in_dtype(self, dtype: mx.Dtype) -> "State":
-        """This state itself, or a copy whose flat arrays are of another dtype."""
+    def in_form(self, form: StateForm) -> "State":
+        """This state itself, or a copy of it as an optimizer with this form would keep it."""
         layout = self.layout
-        if layout is None:
+        if layout is None or layout.form == form._replace(full_precision=None):
             return self
-        flat = {slot: self.flat_arrays(slot) for slot in layout.slots}
-        if all(array.dtype == dtype for arrays in flat.values() for array in arrays):
-            return self
+        if layout.form.master_weight_bits != form.master_weight_bits:
+            raise ValueError(
+                f"state with master_weight_bits={layout.form.master_weight_bits} was set on an "
+                f"optimizer with master_weight_bits={form.master_weight_bits}; set what "
+                "dequantized_state() gives, and the weights with set_master_weights"
+            )
         state = State(dict.items(self))
-        cast = {slot: [array.astype(dtype) for array in flat[slot]] for slot in flat}
-        state.commit(layout, cast, {})
+        state.commit(*self.make_flat({}, form), {})
         return state
 
     def make_flat(
-        self, parameters: Any, slots: Sequence[str], dtype: mx.Dtype
+        self, parameters: Any, form: StateForm
     ) -> tuple[Layout, dict[str, list[mx.array]]]:
         """The layout and flat arrays for `parameters` and all leaves that the state has already.
 
         Nothing is changed: the caller hands the result to ``commit``.
         """
-        skeleton, leaves, values = merge_trees(self, parameters, slots, self.layout)
-        layout = Layout(skeleton, leaves, slots, BUCKET_BYTES)
-        arrays = {
-            slot: layout.pack([value[i] for value in values], dtype) for i, slot in enumerate(slots)
+        skeleton, leaves, values = merge_trees(self, parameters, form, self.layout)
+        has_halves = any(leaf.dtype in HALVES for leaf in leaves)
+        # As its text has it: the leaves say what `full_precision` said of them.
+        form = form._replace(full_precision=None)
+        layout = Layout(skeleton, leaves, form, BUCKET_BYTES // (2 if has_halves else 1))
+        return layout, {
+            slot: layout.pack(slot, [value.get(slot) for value in values])
+            for slot in form.flat_slots
         }
-        return layout, arrays
 
     # ---- The dict that users see ----
 
@@ -201,9 +207,9 @@ def _checked_flat(flat: Any) -> Layout:
     """The layout of a reserved entry. Raises ValueError when that is none that flatstep made."""
     try:
         layout = Layout.from_text(flat[LAYOUT_KEY])
-        for slot in layout.slots:
+        for slot in layout.form.flat_slots:
             shapes = [tuple(array.shape) for array in flat[slot]]
-            if shapes != layout.bucket_shapes:
+            if shapes != [layout.flat_shape(slot, bucket) for bucket in range(len(shapes))]:
                 raise ValueError(f"{slot} has arrays of shapes {shapes}")
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(

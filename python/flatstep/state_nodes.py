@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
 from . import _ext
 from .layout import Layout
 from .live import LiveMapping, MixinList
@@ -74,6 +72,9 @@ class Node:
             self._layout, self._place, self._is_filled = layout, place, False
         return self._place
 
+    def _slots(self, number: int) -> tuple[str, ...]:
+        return self._layout.slots_of(number)
+
     def _child(self, place: Any, key: Any) -> Any:
         # Filled or not as its parent: MLX's functions ask a list for its items.
         return KINDS[type(place)].make(self._state, self._layout, (*self._keys, key), place)
@@ -90,7 +91,7 @@ class Node:
 
     def __len__(self) -> int:
         place = self._here()
-        return len(self._layout.slots if isinstance(place, int) else place)
+        return len(self._slots(place) if isinstance(place, int) else place)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.plain_type, (plain(self),)
@@ -110,19 +111,19 @@ class LiveDict(Node, LiveMapping):
     def __getitem__(self, key: Any) -> Any:
         place = self._here()
         if isinstance(place, int):
-            if key not in self._layout.slots:
+            if key not in self._slots(place):
                 raise KeyError(key)
-            return self._layout.leaf_view(self._state.flat_arrays(key), place)
+            return self._layout.leaf_view(key, self._state.flat_arrays(key), place)
         child = place[key]
         return dict.__getitem__(self, key) if self._is_filled else self._child(child, key)
 
     def __iter__(self) -> Iterator[Any]:
         place = self._here()
-        return iter(self._layout.slots if isinstance(place, int) else place)
+        return iter(self._slots(place) if isinstance(place, int) else place)
 
     def __contains__(self, key: object) -> bool:
         place = self._here()
-        return key in (self._layout.slots if isinstance(place, int) else place)
+        return key in (self._slots(place) if isinstance(place, int) else place)
 
     def refill(self) -> None:
         """Brings the storage of a leaf up to date: see ``State``."""
@@ -219,8 +220,8 @@ def node_at(state: State, layout: Layout, keys: Keys, place: Any) -> Any:
             return node
 
         if isinstance(place, int):
-            views = {s: layout.leaf_view(state.flat_arrays(s), place) for s in layout.slots}
-            return make(views)
+            slots = layout.slots_of(place)
+            return make({s: layout.leaf_view(s, state.flat_arrays(s), place) for s in slots})
         return Inner(make, children(place))
 
     return build(expand, place)
@@ -243,14 +244,15 @@ def assign(state: State, keys: Keys, place: Any, items: dict[Any, Any]) -> None:
     """
     layout = state.layout
     assert layout is not None
-    new: list[tuple[int, str, mx.array | None]] = []
+    new: list[tuple[int, str, Any]] = []
     if isinstance(place, int):
+        slots = layout.slots_of(place)
         for slot, value in items.items():
-            if slot not in layout.slots:
+            if slot not in slots:
                 raise ValueError(
-                    f"{path_of((*keys, slot))}: this optimizer keeps {' and '.join(layout.slots)}"
+                    f"{path_of((*keys, slot))}: this optimizer keeps {' and '.join(slots)}"
                 )
-            check_leaf_state((*keys, slot), value, layout.leaves[place].shape)
+            check_leaf_state((*keys, slot), value, layout.form, layout.leaves[place].shape)
             new.append((place, slot, value))
     else:
         for key, value in items.items():
@@ -258,19 +260,19 @@ def assign(state: State, keys: Keys, place: Any, items: dict[Any, Any]) -> None:
                 raise _unknown((*keys, key))
             new += _replacements(state, layout, (*keys, key), place[key], value)
         state.replaced += bool(new)
-    for number, slot, array in new:
-        layout.write_leaf(state.flat_arrays(slot), number, array)
+    for number, slot, value in new:
+        layout.write_leaf(slot, state.flat_arrays(slot), number, value)
     refill(state)
 
 
 def _replacements(
     state: State, layout: Layout, keys: Keys, place: Any, value: Any
-) -> list[tuple[int, str, mx.array | None]]:
-    """(leaf, slot, array) for all that lies below a place to which a value is assigned."""
+) -> list[tuple[int, str, Any]]:
+    """(leaf, slot, value) for all that lies below a place to which a value is assigned."""
     is_here = isinstance(value, Node) and value._state is state and value._keys == keys
     if is_here and value._replaced == state.replaced:
         return []  # `node |= ...` writes, and then assigns the node to where it is
-    new: list[tuple[int, str, mx.array | None]] = []
+    new: list[tuple[int, str, Any]] = []
     todo = [(keys, place, value)]
     while todo:
         keys, place, value = todo.pop()
@@ -280,8 +282,9 @@ def _replacements(
                 "assignment; copy it first, with mlx.utils.tree_map(lambda leaf: leaf, ...)"
             )
         if isinstance(place, int):
-            values = leaf_values(keys, value, layout.slots, layout.leaves[place].shape)
-            new += zip([place] * len(values), layout.slots, values, strict=True)
+            leaf = layout.leaves[place]
+            values = leaf_values(keys, value, layout.form, leaf.dtype, leaf.shape)
+            new += [(place, slot, item) for slot, item in values.items()]
             continue
         if isinstance(value, CONTAINERS) and not value:
             todo += [((*keys, key), child, value) for key, child in children(place)]

@@ -6,7 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .layout import FLOATING, Layout, LeafSpec, unsupported
+from .layout import Layout, LeafSpec, name_of, unsupported
+from .slots import CODES, FLOATING, MASTER, RESTS, StateForm, num_blocks
 from .walk import (
     CONTAINERS,
     Inner,
@@ -28,9 +29,9 @@ ABSENT = object()
 
 
 def merge_trees(
-    state: dict[Any, Any], parameters: Any, slots: Sequence[str], layout: Layout | None
-) -> tuple[dict[str, Any], list[LeafSpec], list[list[mx.array | None]]]:
-    """The union of a state's tree and a tree of parameters: (skeleton, leaves, state values).
+    state: dict[Any, Any], parameters: Any, form: StateForm, layout: Layout | None
+) -> tuple[dict[str, Any], list[LeafSpec], list[dict[str, Any]]]:
+    """The union of a state's tree and a tree of parameters: (skeleton, leaves, values by slot).
 
     A leaf's dtype and shape are those of its parameter. A leaf that only the state has takes its
     shape from there, and its dtype from the state's `layout`. Parameters that no gradient can come
@@ -39,16 +40,21 @@ def merge_trees(
     """
     known = {leaf.keys: leaf.dtype for leaf in layout.leaves} if layout else {}
     leaves: list[LeafSpec] = []
-    values: list[list[mx.array | None]] = []
+    values: list[dict[str, Any]] = []
+    slots = form.slots
 
     def leaf(keys: Keys, parameter: mx.array | None, held: Any) -> int:
         if parameter is None:
-            shape, dtype = next((a.shape, a.dtype) for a in held.values() if is_array(a))
-            dtype = known.get(keys, dtype)
-        else:
-            shape, dtype = parameter.shape, parameter.dtype
-        values.append(leaf_values(keys, held, slots, tuple(shape)))
-        leaves.append(LeafSpec(keys, tuple(shape), dtype))
+            value = next(held[slot] for slot in slots if is_state(held.get(slot)))
+            array = value if is_array(value) else value[CODES.names[0]]
+            # Of a half-precision parameter, if there is something of its master weight; which one
+            # the parameter will say.
+            guess = mx.bfloat16 if form.master_weight_bits and MASTER in held else array.dtype
+            dtype = known.get(keys, guess if guess in FLOATING else mx.float32)
+            parameter = mx.broadcast_to(mx.array(0, dtype), array.shape)
+        shape, dtype = tuple(parameter.shape), parameter.dtype
+        values.append(leaf_values(keys, held, form, dtype, shape))
+        leaves.append(LeafSpec(keys, shape, dtype, form.leaf_state(keys, shape, parameter)))
         return len(leaves) - 1
 
     def expand(keys: Keys, place: tuple[Any, Any]) -> Any:
@@ -61,7 +67,7 @@ def merge_trees(
             parameter = ABSENT
         kind = held if parameter is ABSENT else parameter
         if parameter is ABSENT:
-            if isinstance(held, dict) and any(is_array(held.get(slot)) for slot in slots):
+            if isinstance(held, dict) and any(is_state(held.get(slot)) for slot in slots):
                 return leaf(keys, None, held)
             if not isinstance(held, CONTAINERS):
                 raise ValueError(
@@ -117,25 +123,53 @@ def named(keys: Keys, ours: Any, theirs: Any) -> Iterator[tuple[str, tuple[Any, 
 
 
 def leaf_values(
-    keys: Keys, held: Any, slots: Sequence[str], shape: tuple[int, ...]
-) -> list[mx.array | None]:
-    """A leaf's state, an array for each slot; None, which is zero, for an empty container."""
+    keys: Keys, held: Any, form: StateForm, dtype: mx.Dtype, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """A leaf's state by its slots; None, which is zero, for an empty container."""
+    slots = form.leaf_slots(dtype)
     if isinstance(held, CONTAINERS) and not held:
-        return [None] * len(slots)
+        return dict.fromkeys(slots)
     names = list(held) if isinstance(held, dict) else shown(held)
-    if not isinstance(held, dict) or set(names) != set(slots):
+    # State from elsewhere knows nothing of master weights, and a parameter that was cast to float32
+    # has left behind what was kept beside it.
+    if not isinstance(held, dict) or not set(form.slots) <= set(names) <= set(form.flat_slots):
+        advice = "{} starts again from zero"
+        if isinstance(held, dict) and MASTER in held:
+            advice = "set what dequantized_state() gives, and the weights with set_master_weights"
         raise ValueError(
             f"{path_of(keys)}: state should be a dict of {' and '.join(slots)}, found {names}; "
-            "{} starts again from zero"
+            f"{advice}"
         )
-    values = [held[slot] for slot in slots]
-    for slot, value in zip(slots, values, strict=True):
-        check_leaf_state((*keys, slot), value, shape)
-    return values
+    for slot, value in held.items():
+        check_leaf_state((*keys, slot), value, form, shape)
+    return {slot: held.get(slot) for slot in slots}
 
 
-def check_leaf_state(keys: Keys, value: Any, shape: tuple[int, ...]) -> None:
+def check_leaf_state(keys: Keys, value: Any, form: StateForm, shape: tuple[int, ...]) -> None:
     """Raises TypeError or ValueError, naming the path, when `value` is not state for `shape`."""
+    blocks = RESTS[form.master_weight_bits or 24] if keys[-1] == MASTER else CODES
+    if isinstance(value, dict) or keys[-1] == MASTER:
+        names = list(value) if isinstance(value, dict) else shown(value)
+        if not isinstance(value, dict) or set(names) != set(blocks.names):
+            raise ValueError(
+                f"{path_of(keys)}: state should be a dict of {' and '.join(blocks.names)}, "
+                f"found {names}"
+            )
+        shapes = (shape, (num_blocks(shape),))
+        for name, dtype, of in zip(blocks.names, blocks.dtypes, shapes, strict=True):
+            _check_array((*keys, name), value[name], of)
+            if value[name].dtype != dtype:
+                raise TypeError(
+                    f"{path_of((*keys, name))}: state should have dtype {name_of(dtype)}, found "
+                    f"{name_of(value[name].dtype)}"
+                )
+        return
+    _check_array(keys, value, shape)
+    if value.dtype not in FLOATING:
+        raise unsupported(f"{path_of(keys)}: state", value.dtype)
+
+
+def _check_array(keys: Keys, value: Any, shape: tuple[int, ...]) -> None:
     path = path_of(keys)
     if not is_array(value):
         raise TypeError(f"{path}: state should be an mlx.core.array, found {type(value).__name__}")
@@ -143,8 +177,6 @@ def check_leaf_state(keys: Keys, value: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"{path}: state of shape {tuple(value.shape)} does not match parameter {tuple(shape)}"
         )
-    if value.dtype not in FLOATING:
-        raise unsupported(f"{path}: state", value.dtype)
 
 
 def _has_state(tree: Any, slots: Sequence[str]) -> bool:
@@ -153,7 +185,7 @@ def _has_state(tree: Any, slots: Sequence[str]) -> bool:
     todo, found = [tree], False
     while todo:
         node = todo.pop()
-        if isinstance(node, dict) and all(is_array(node.get(slot)) for slot in slots):
+        if isinstance(node, dict) and all(is_state(node.get(slot)) for slot in slots):
             found = True
         elif isinstance(node, CONTAINERS):
             todo += [child for _, child in children(node)]
@@ -166,13 +198,18 @@ def is_array(node: Any) -> bool:
     return isinstance(node, mx.array)
 
 
+def is_state(node: Any) -> bool:
+    """Whether a node is what a leaf has in a slot."""
+    return is_array(node) or (isinstance(node, dict) and set(node) == set(CODES.names))
+
+
 def matching_part(gradients: Any, parameters: Any) -> Any:
     """The part of the parameters that the gradients cover."""
 
     def expand(keys: Keys, place: tuple[Any, Any]) -> Any:
         gradient, parameter = place
         if isinstance(gradient, CONTAINERS):
-            items = ((key, (child, _item(parameter, key))) for key, child in children(gradient))
+            items = ((key, (child, item_of(parameter, key))) for key, child in children(gradient))
             return inner_like(gradient, items)
         if not is_array(gradient):
             raise TypeError(
@@ -187,7 +224,7 @@ def matching_part(gradients: Any, parameters: Any) -> Any:
     return build(expand, (gradients, parameters))
 
 
-def _item(container: Any, key: Any) -> Any:
+def item_of(container: Any, key: Any) -> Any:
     try:
         return container[key] if isinstance(container, CONTAINERS) else ABSENT
     except (KeyError, IndexError, TypeError):

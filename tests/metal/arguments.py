@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 THREADS = 256
 RUN = 4
-TILE = 32
+TILE_ROWS = 32
+TILE_COLUMNS = 64
 MAX_SOURCES = 20
 MAX_PIECES = 24
 LAST_STEP = 1 << 61
@@ -43,6 +44,7 @@ PIECE = np.dtype(
 )
 SCHEDULE = np.dtype([("num_pieces", "i4"), ("padding", "i4"), ("pieces", PIECE, MAX_PIECES)])
 DISPATCH_ARGUMENTS = np.dtype([("num_segments", "u4"), ("passes", "u4"), ("p_in_place", "u4")])
+COPY_ARGUMENTS = np.dtype([("size", "u8"), ("stride", "u8")])
 SEGMENT = np.dtype(
     [
         ("size", "u8"),
@@ -56,7 +58,7 @@ SEGMENT = np.dtype(
         ("source_layout", "u4"),
         ("first_dimension", "u4"),
         ("num_dimensions", "u4"),
-        ("padding", "u4"),
+        ("name", "u4"),  # a hash
     ]
 )
 DIMENSION = np.dtype([("extent", "u8"), ("stride", "i8")])
@@ -111,3 +113,31 @@ def schedule(*description: Any) -> Struct:
     for number, piece in enumerate(parts):
         result["pieces"][number] = piece
     return result
+
+
+WORD = (1 << 32) - 1
+
+
+def scrambled(x: int) -> int:
+    """The permutation of 32 bits of csrc/rounding.h."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D & WORD
+    x ^= x >> 15
+    x = x * 0x846CA68B & WORD
+    return x ^ x >> 16
+
+
+def hash_of(name: str) -> int:
+    """FNV-1a."""
+    result = 2166136261
+    for byte in name.encode():
+        result = (result ^ byte) * 16777619 & WORD
+    return result
+
+
+def rounding_keys(
+    elements: NDArray[np.uint64], step: int, seed: int, leaf: str, array: int
+) -> NDArray[np.uint32]:
+    start = scrambled(scrambled((seed + 1) & WORD) ^ hash_of(leaf))
+    start = scrambled((start + array) & WORD) + (step & WORD) * 0x91E10DA5
+    return (np.uint64(start & WORD) + elements * np.uint64(0xC13FA9A9)).astype(np.uint32)

@@ -1,7 +1,7 @@
 """The kernels' text as the extension carries it, and the names of what their tables list."""
 
 import runpy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "metal_source.py"
@@ -10,7 +10,15 @@ source: Callable[[], str] = _script["source"]
 all_instances: Callable[[], str] = _script["all_instances"]
 instances: Callable[[Mapping[str, str]], str] = _script["instances"]
 STORAGES: list[str] = _script["rows"]("storage.h", "FLATSTEP_STORAGES")
-MAX_STATES: int = _script["MAX_STATES"]
+PARAMETER_STORAGES: list[str] = [
+    storage
+    for kind in ("STOCHASTIC", "SPLIT")
+    for storage in _script["rows"]("storage.h", f"FLATSTEP_{kind}_STORAGES")
+]
+code_storages: Callable[[str], list[str]] = _script["code_storages"]
+_update: Callable[[str, str, str, Sequence[str]], str] = _script["update"]
+# What copies blocks.
+COPIES = ["copy, uint32_t", "copy, uint8_t"]
 
 # A rule and a storage besides those of the tables.
 EXTRA = (Path(__file__).parent / "kernels" / "extra.metal").read_text()
@@ -22,10 +30,9 @@ def advance(rule: str) -> str:
 
 def update(rule: str, has_tiles: bool, storages: Iterable[str]) -> str:
     """An instance, which is its name here too. `storages`: of p and the state."""
-    names = list(storages)
-    names += names[-1:] * (1 + MAX_STATES - len(names))
-    return ", ".join(["update", rule, str(has_tiles).lower(), *names])
+    p, *state = storages
+    return _update(rule, str(has_tiles).lower(), p, state)
 
 
 def with_instances(text: str, names: Iterable[str]) -> str:
-    return text + EXTRA + instances({name: name for name in sorted(names)})
+    return text + EXTRA + instances({name: name for name in sorted([*names, *COPIES])})

@@ -14,15 +14,18 @@ import pytest
 import simulator
 from cases import Case
 from mutants import mutated
+from stored_updates import FEW, check_blocks_copy, check_stored
 from unusual_updates import (
     FOUR,
     KEYED,
+    SHIFTED,
     check_far_group,
     check_far_segment,
     check_far_source,
     check_far_source_offset,
     check_four_states,
     check_keys,
+    check_tails,
 )
 from updates import (
     BFLOAT,
@@ -40,12 +43,19 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the simulator r
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 INSIDE_TILE = "if (r < height && c < width) {"
-READ_TILE = f"uint c = i / FLATSTEP_TILE;\n        {INSIDE_TILE}"
-WRITE_TILE = f"uint c = i % runs_across * FLATSTEP_RUN;\n        {INSIDE_TILE}"
+READ_TILE = f"uint c = i / FLATSTEP_TILE_ROWS;\n        {INSIDE_TILE}"
+WRITE_TILE = "uint count = r < height && c < width ?"
 TAIL = "if (k < count) {\n"
-COUNT = "uint(min(segment->size - first, uint64_t(FLATSTEP_RUN)))"
-WHOLE = "bool is_whole = count == FLATSTEP_RUN && first % FLATSTEP_RUN == 0;"
+COUNT = "uint(min(left, uint64_t(FLATSTEP_RUN)))"
+LEAVES = "if (first - first % FLATSTEP_BLOCK >= segment->size) {\n        return;\n      }\n"
+WHOLE = "place.is_whole = count == FLATSTEP_RUN && first % FLATSTEP_RUN == 0;"
 
+LARGEST = """mask < FLATSTEP_BLOCK_LANES; mask *= 2) {
+    x = max(x, """
+SUM = """mask < FLATSTEP_BLOCK_LANES; mask *= 2) {
+    x += """
+IN_BLOCK = "if (place.has_block) {\n        "
+SCALE = """float scale = simd_shuffle(place.is_first() ? block->scale : 0.0f, place.first_lane);"""
 LOAD_SOURCE = """Run load_source(
     const device char* source,
     constant SourceSegment& segment,
@@ -55,7 +65,11 @@ LOAD_SOURCE = """Run load_source(
 # What is changed, and into what.
 MUTANTS = {
     # Bounds
-    "no end of the runs": ("if (first >= segment->size) {\n        return;\n      }\n", ""),
+    "no end of the runs": (LEAVES, ""),
+    "the runs end within a block": (
+        LEAVES,
+        LEAVES.replace("first - first % FLATSTEP_BLOCK", "first"),
+    ),
     "every run is whole": (COUNT, "FLATSTEP_RUN"),
     "no end of the tiles": ("if (number >= num_tiles) {\n        return;\n      }\n", ""),
     "end of the tiles off by one": ("if (number >= num_tiles)", "if (number > num_tiles)"),
@@ -64,12 +78,12 @@ MUTANTS = {
     "tile written past its rows": (WRITE_TILE, WRITE_TILE.replace("r < height && ", "")),
     "tile written past its columns": (WRITE_TILE, WRITE_TILE.replace(" && c < width", "")),
     "tile as high as any": (
-        "uint(min(num_rows - row, uint64_t(FLATSTEP_TILE)))",
-        "FLATSTEP_TILE",
+        "uint(min(num_rows - row, uint64_t(FLATSTEP_TILE_ROWS)))",
+        "FLATSTEP_TILE_ROWS",
     ),
     "tile as wide as any": (
-        "uint(min(num_columns - column, uint64_t(FLATSTEP_TILE)))",
-        "FLATSTEP_TILE",
+        "uint(min(num_columns - column, uint64_t(FLATSTEP_TILE_COLUMNS)))",
+        "FLATSTEP_TILE_COLUMNS",
     ),
     "a tile's run past its columns": ("min(width - c, uint(FLATSTEP_RUN))", "FLATSTEP_RUN"),
     "whole loads and stores in the tail": (WHOLE, WHOLE.replace("count == FLATSTEP_RUN && ", "")),
@@ -92,12 +106,12 @@ MUTANTS = {
     ),
     "more segments than there are": ("s < dispatch.num_segments", "s <= dispatch.num_segments"),
     "64 bits cut to 32 in a run": (
-        "uint64_t p_at = segment->p_offset + first;",
-        "uint p_at = segment->p_offset + first;",
+        "place.p_at = segment->p_offset + first;",
+        "place.p_at = uint(segment->p_offset + first);",
     ),
     "64 bits cut to 32 in a run's state": (
-        "uint64_t state_at = segment->state_offset + first;",
-        "uint state_at = segment->state_offset + first;",
+        "place.state_at = segment->state_offset + first;",
+        "place.state_at = uint(segment->state_offset + first);",
     ),
     "64 bits cut to 32 in a stride": (
         "int64_t offset = 0;",
@@ -152,8 +166,8 @@ MUTANTS = {
         "work.source += segment.source_offset * 4;",
     ),
     "state where p lies": (
-        "uint64_t state_at = segment->state_offset + first;",
-        "uint64_t state_at = segment->p_offset + first;",
+        "place.state_at = segment->state_offset + first;",
+        "place.state_at = segment->p_offset + first;",
     ),
     "another source's dimensions": ("dimensions + segment.first_dimension", "dimensions"),
     "wrong dimension": ("* dimensions[d - 1].stride", "* dimensions[0].stride"),
@@ -175,15 +189,21 @@ MUTANTS = {
     # Constants
     "another group's constants": ("segment.group * FLATSTEP_GROUP_WORDS", "0"),
     "constants where the key lies": ("own + FLATSTEP_KEY_WORDS)", "own)"),
-    "the step's words swapped": (
-        "Step(own[0]) | Step(own[1]) << 32",
-        "Step(own[1]) | Step(own[0]) << 32",
+    "another word for the seed": ("start_of(own[1],", "start_of(own[2],"),
+    "another word for the step": ("work.step = own[0]", "work.step = own[1]"),
+    "the leaf ignored": ("start_of(own[1], segment.name, k)", "start_of(own[1], 0, k)"),
+    "the seed ignored": ("own[1] = seed", "own[1] = 0"),
+    "the key of the step before": ("own[0] = uint(now)", "own[0] = uint(now) - 1"),
+    "element's number in p": ("key_of(0, first)", "key_of(0, place.p_at)"),
+    "element's number in the state": ("key_of(1 + k, first)", "key_of(1 + k, place.state_at)"),
+    "p's key for a state": ("key_of(1 + k, first", "key_of(k, first"),
+    "a state's key for p": ("key_of(0, first", "key_of(1, first"),
+    "one key for a run of two parts": (
+        "P::store(run.at[k], next(key, k))",
+        "P::store(run.at[k], key)",
     ),
-    "half of the step": ("Step(own[0]) | Step(own[1]) << 32", "Step(own[0])"),
-    "another word for the seed": ("work.seed = own[2];", "work.seed = own[3];"),
-    "element's number in its segment": ("key_of(p_at)", "key_of(first)"),
-    "p's number for a state": ("key_of(state_at)", "key_of(p_at)"),
-    "one key for a run": ("++key.element;", ""),
+    "one key for a run": ("S::store(run.at[k], next(key, k))", "S::store(run.at[k], key)"),
+    "one key for a run's codes": ("inverse, next(key, k))", "inverse, key)"),
     "copy reads p": ("e.p = source;", "e.p += source - e.p;"),
     "copy reads constants": ("if (!is_same<R, Copy>::value) {", "if (true) {"),
     "another group's hyperparameters": ("group * FLATSTEP_HYPERPARAMETER_WORDS", "0"),
@@ -194,7 +214,6 @@ MUTANTS = {
     ),
     "a word of a struct missing": ("k < sizeof(T) / 4", "k + 1 < sizeof(T) / 4"),
     "a step later": ("      rate,\n      now);", "      rate,\n      now + 1);"),
-    "half of the step written": ("own[1] = uint(now >> 32);", "own[1] = 0;"),
     "step before the increment": (
         "pair_from_step(limited(steps_before) + 1)",
         "pair_from_step(limited(steps_before))",
@@ -216,6 +235,40 @@ MUTANTS = {
         "    e.state[0] = m;\n    e.state[1] = v;",
         "    e.state[0] = v;\n    e.state[1] = m;",
     ),
+    # Blocks
+    "a mask left out of the largest": (LARGEST, LARGEST.replace("*= 2", "*= 4")),
+    "the largest of half a block": (LARGEST, LARGEST.replace("LANES;", "LANES / 2;")),
+    "the largest of two blocks": (LARGEST, LARGEST.replace("< FLAT", "<= FLAT")),
+    "the largest of a lane": (LARGEST, LARGEST.replace("max(x, ", "max(x, 0 * ")),
+    "a mask left out of the sum": (SUM, SUM.replace("*= 2", "*= 4")),
+    "the sum of half a block": (SUM, SUM.replace("LANES;", "LANES / 2;")),
+    "the sum of two blocks": (SUM, SUM.replace("< FLAT", "<= FLAT")),
+    "another block's lane": ("ushort(lane - lane % FLATSTEP_BLOCK_LANES)", "0"),
+    "a lane's own scale": (SCALE, "float scale = block->scale;"),
+    "no lane's scale": ("block->scale = scale;", ""),
+    "every lane's scale": ("if (place.is_first()) {\n      block->scale", "{\n      block->scale"),
+    "checksum not verified": ("are_theirs ? kept.at[k] : T(0)", "kept.at[k]"),
+    "checksum not written": ("block->checksum = sum;", ""),
+    "one weight for all lanes": ("checksum_weight(place.in_block + k)", "checksum_weight(k)"),
+    "rests in another buffer": ("R::NUM_STATES == 2 ? state2", "R::NUM_STATES == 2 ? state3"),
+    "rests in a state's buffer": ("R::NUM_STATES == 1 ? state1", "R::NUM_STATES == 1 ? state0"),
+    "rests of another block": ("return state_at / FLATSTEP_BLOCK", "return p_at / FLATSTEP_BLOCK"),
+    "state past the end": ("i < count ? state[k].at[i] : 0.0f", "state[k].at[i]"),
+    "parameters past the end": ("i < count ? p.at[i] : 0.0f", "p.at[i]"),
+    "bytes of no block": (
+        f"{IN_BLOCK}word = ",
+        f"{IN_BLOCK.replace('place.has_block', 'true')}word = ",
+    ),
+    "bytes to no block": (
+        f"{IN_BLOCK}*(dev",
+        f"{IN_BLOCK.replace('place.has_block', 'true')}*(dev",
+    ),
+    "a block past the last row": ("count, r < height, g)", "count, true, g)"),
+    "no block in a tile": ("count, r < height, g)", "count, false, g)"),
+    "first of no block": ("return has_block && in_block == 0;", "return in_block == 0;"),
+    "copy past the end": ("i < arguments.size;", "i <= arguments.size;"),
+    "copy of one for all": ("from[i * arguments.stride]", "from[0]"),
+    "copy without its stride": ("from[i * arguments.stride]", "from[i]"),
     # Address spaces, which only the strict dialect knows
     "tile in thread memory": (
         "update_tiles(threadgroup float* tile)",
@@ -243,16 +296,18 @@ NESTEROV = Case("SGD", {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True})
 
 
 def kernels() -> list[str]:
-    wanted = [kernel_text.advance(rule) for rule in ("Adam", "Momentum", "FourStates")]
+    wanted = [kernel_text.advance(rule) for rule in ("Adam", "Momentum", "FourStates", "Shift")]
     updates: list[tuple[str, list[str]]] = [
         ("Adam", ["Float16", "Float32", "Bfloat16"]),
-        ("Adam", ["Float32"]),
+        ("Adam", ["Float32"] * 3),
         ("Momentum", ["Bfloat16", "Float32"]),
-        ("Momentum", ["Keyed"]),
+        ("Momentum", ["Keyed"] * 2),
+        ("Shift", SHIFTED),
         ("FourStates", [stored.name for stored in FOUR]),
         ("Copy", ["Float32"]),
         ("Copy", ["Keyed"]),
     ]
+    wanted += [storages.kernel(rule_of(case).type) for case, storages in FEW]
     return wanted + [kernel_text.update(rule, True, storages) for rule, storages in updates]
 
 
@@ -264,6 +319,10 @@ def battery(text: str) -> None:
     check_advance(library)
     check_four_states(library)
     check_keys(library)
+    check_tails(library)
+    check_blocks_copy(library)
+    for case, storages in FEW:
+        check_stored(library, case, storages, order="shuffled")
     rng = np.random.default_rng(0)
     leaves = [
         make_leaf("aligned", (9002,), FLOAT, rng),
@@ -304,9 +363,9 @@ def check_advance(library: Any) -> None:
     rules = [rule_of(ADAMW), rule_of(ADAM)]
     step = (1 << 32) + 2
     schedule = ("linear_schedule", 0.0, 1.0, 1 << 33)
-    constants, next_step, rate = run_advance(library, rules, step, schedule)
+    constants, next_step, rate = run_advance(library, rules, step, schedule, seed=7)
     assert next_step == step + 1 and rate == np.float32(step / (1 << 33))
-    assert (constants[:, : args.KEY_WORDS] == [2, 1, 0, 0]).all()
+    assert (constants[:, :2] == [step & args.WORD, 7]).all()
     _, next_step, rate = run_advance(library, rules, step, learning_rate=0.5)
     assert next_step == step + 1 and rate == 0.5
 

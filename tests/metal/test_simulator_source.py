@@ -303,7 +303,7 @@ static float updated(float p) {
   return R::update(R::prepare(h, 1.0f, 3), e, 1.0f).p;
 }
 #define UPDATE(Type, name) p[i] = updated<Type>(p[i]);
-#define ROUND(Type, dtype) p[i] = Type::load(Type::store(p[i], RoundingKey{i, 3, 0}));
+#define ROUND(Type, dtype) p[i] = Type::load(Type::store(p[i], RoundingKey{i}));
 [[kernel]] void k(device float* p [[buffer(0)]], constant Schedule& schedule [[buffer(1)]],
     uint i [[thread_position_in_grid]]) {
   FLATSTEP_RULES(UPDATE)

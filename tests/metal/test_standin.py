@@ -46,9 +46,9 @@ FITTING = [
 # Kernels that no longer fit the host: what one of the two was told and the other was not.
 MISFITS = {
     "states swapped": (
-        "state0 [[buffer(FLATSTEP_STATE)]],\n    device typename S1::Stored* state1 "
+        "state0 [[buffer(FLATSTEP_STATE)]],\n    device char* state1 "
         "[[buffer(FLATSTEP_STATE + 1)]]",
-        "state0 [[buffer(FLATSTEP_STATE + 1)]],\n    device typename S1::Stored* state1 "
+        "state0 [[buffer(FLATSTEP_STATE + 1)]],\n    device char* state1 "
         "[[buffer(FLATSTEP_STATE)]]",
     ),
     "an index off by one": (
@@ -78,7 +78,7 @@ MISFITS = {
     ),
     "another number of threads": ("#define FLATSTEP_THREADS 256", "#define FLATSTEP_THREADS 128"),
     "another run": ("#define FLATSTEP_RUN 4", "#define FLATSTEP_RUN 2"),
-    "another tile": ("#define FLATSTEP_TILE 32", "#define FLATSTEP_TILE 16"),
+    "another tile": ("#define FLATSTEP_TILE_ROWS 32", "#define FLATSTEP_TILE_ROWS 16"),
     "read in place through another buffer": ("dispatch.p_in_place ? p_out : p_in", "p_in"),
     "storages in another order": (
         "  STORAGE(Float16, float16)        \\\n  STORAGE(Bfloat16, bfloat16)",
@@ -89,6 +89,7 @@ MISFITS = {
 
 PASS = {
     "the host": [f"tests/metal/on_standin{part}.py" for part in ("", "_layouts", "_queues")],
+    "storages": ["tests/metal/on_standin_storages.py"],
     **{file: [f"tests/{file}", *SELECTION.get(file, [])] for file in ENGINE},
 }
 

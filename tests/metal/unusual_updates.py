@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import arguments as args
+import kernel_text
 import mlx.core as mx
 import numpy as np
 from cases import Case, random_values
+from flatstep import _ext
 from numpy.typing import NDArray
-from updates import BFLOAT, FLOAT, HALF, Leaf, Type, Update, make_leaf
+from updates import BFLOAT, FLOAT, HALF, Leaf, Type, Update, make_leaf, run_advance
 
 # The rule of kernels/extra.metal: all the state that there is room for, each in a storage that its
 # neighbours do not have.
@@ -55,21 +57,51 @@ KEYED = Type("Keyed", "u4", mx.uint32)
 
 
 def check_keys(library: Any) -> None:
-    """The element's number in its flat array, also far into it, the step and the seed."""
+    """Of the step, the seed, the leaf, the array, and of the element's number in the leaf."""
     rng = np.random.default_rng(22)
     leaves = [make_leaf(layout, (5, 7), FLOAT, rng) for layout in ("aligned", "transposed")]
     step, seed = (3 << 32) + 5, 12345
     update = Update(Case("SGD", {"momentum": 0.9}), leaves, [KEYED], step=step)
-    update.p_offsets = [64, (1 << 32) + 64]
-    update.p_in, update.p_out = (reserved_array((1 << 32) + 128).view("u4") for _ in range(2))
+    update.state_offsets = [64, (1 << 32) + 192]
+    update.state = [reserved_array((1 << 32) + 256).view("u4")]
     update.run(library, seed=seed)
-    for number, leaf in enumerate(leaves):
-        for array, at in update.places(number):
-            element = np.arange(at, at + leaf.size, dtype=np.uint64)
-            low, high = element.astype(np.uint32), (element >> np.uint64(32)).astype(np.uint32)
-            expected = low * np.uint32(2654435761) ^ high * np.uint32(40503)
-            expected ^= np.uint32((step % (1 << 32) * 97) ^ ((step >> 32) * 193) ^ (seed * 389))
+    for leaf_number, leaf in enumerate(leaves):
+        element = np.arange(leaf.size, dtype=np.uint64)
+        for number, (array, at) in enumerate(update.places(leaf_number)):
+            expected = args.rounding_keys(element, step, seed, str(leaf_number), number)
             np.testing.assert_array_equal(array[at : at + leaf.size], expected)
+
+
+# For the rule of kernels/extra.metal that makes something of a zero.
+SHIFTED = ["Bfloat16And8", "SignedCodes"]
+
+
+def check_tails(library: Any) -> None:
+    """Past the end of a leaf codes and rests are zero, and nothing counts in a checksum."""
+    by, size = 1.0 + 2.0**-14, 70
+    groups = [struct.pack("32f", by, *[0.0] * 31)]
+    constants, _, _ = run_advance(
+        library, [SimpleNamespace(type="Shift", num_states=1, groups=groups)], 0
+    )
+    p = np.zeros(size, np.uint16)
+    codes, rests = np.zeros((2, 2, 68), np.uint8)
+    segment = np.zeros(1, args.SEGMENT)
+    segment["size"] = size
+    spare = np.zeros(0, np.uint8)
+    buffers: dict[int, Any] = dict.fromkeys(range(args.FIRST_SOURCE + args.MAX_SOURCES), spare)
+    buffers |= {args.P_IN: p, args.P_OUT: p, args.STATE: codes, args.STATE + 1: rests}
+    buffers |= {args.CONSTANTS: constants, args.SEGMENTS: segment}
+    buffers |= {args.FIRST_SOURCE: np.zeros(size, np.float32)}
+    buffers[args.DISPATCH] = np.array([(1, 1, 1)], args.DISPATCH_ARGUMENTS)
+    buffers[args.DIMENSIONS] = np.zeros(1, args.DIMENSION)
+    kernel = kernel_text.update("Shift", True, SHIFTED)
+    for _ in range(2):
+        library.run(kernel, threadgroups=(1,), threads=(args.THREADS,), buffers=buffers)
+    for blocks in (codes, rests):
+        assert blocks.reshape(-1)[: 64 + 4].any() and not blocks[1, 6:64].any()
+    padded = mx.array(np.pad(p, (0, 128 - size)).reshape(2, 64)).view(mx.bfloat16)
+    weights = _ext.load_split(padded, mx.array(rests), _ext.Rounding.KEEP_8_BITS)
+    np.testing.assert_array_equal(np.array(weights).reshape(-1)[:size], np.float32(2 * by))
 
 
 def reserved_array(size: int) -> NDArray[np.float32]:
@@ -124,18 +156,18 @@ def check_far_source(library: Any, layout: int) -> None:
 def check_far_group(library: Any, layout: int) -> None:
     """The threadgroups at the end of a leaf of billions of elements, and no others."""
     columns = 64
-    rows = (1 << 27) + args.TILE  # times the columns: more than 2^33 elements
+    rows = (1 << 27) + args.TILE_ROWS  # times the columns: more than 2^33 elements
     size = rows * columns
     last = args.THREADS * args.RUN  # how many elements the last threadgroup has
+    if layout == args.TILED:
+        last = args.TILE_ROWS * args.TILE_COLUMNS
     shape, strides = (size,), ()
     if layout != args.ALIGNED and layout != args.UNALIGNED:
         shape, strides = (rows, columns), (1, rows)
     first_of_last = size - last
     # Elements of the last pass, and where their gradients lie.
     index = np.arange(first_of_last, size)
-    if layout == args.TILED:  # the last tile: 32 rows of the last 32 columns
-        row, column = np.divmod(np.arange(args.TILE**2), args.TILE)
-        index = (rows - args.TILE + row) * columns + columns - args.TILE + column
+    # The last tile is as wide as the leaf.
     source_index = index // columns + index % columns * rows if strides else index
     rng = np.random.default_rng(16)
     memory = reserved_array(size)
@@ -155,8 +187,7 @@ def check_far_group(library: Any, layout: int) -> None:
 
     far.p_in, far.p_out = scattered(far.p_in), scattered(far.p_out)
     far.state = [scattered(array) for array in far.state]
-    work = size // last if layout != args.TILED else rows // args.TILE * columns // args.TILE
-    far.run(library, first_group=work - 1)
+    far.run(library, first_group=size // last - 1)
     for new, old in zip((far.p_out, *far.state), (near.p_out, *near.state), strict=True):
         np.testing.assert_array_equal(new[index], old[:last])
 

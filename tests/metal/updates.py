@@ -48,6 +48,12 @@ HALF = Type("Float16", "f2", mx.float16)
 BFLOAT = Type("Bfloat16", "u2", mx.bfloat16)
 TYPES = [FLOAT, HALF, BFLOAT]
 
+
+def types_of(types: Sequence[Type], num_states: int) -> list[Type]:
+    """Of p and the state, where the last given is that of all that follow."""
+    return [*types, *types[-1:] * num_states][: 1 + num_states]
+
+
 # What a gap between segments holds: never a value, so that a write there is seen.
 CANARY = {
     "f4": np.float32(-12345.5),
@@ -141,6 +147,7 @@ def run_advance(
     step: int,
     schedule: tuple[Any, ...] = (),
     learning_rate: float = 0.0,
+    seed: int = 0,
 ) -> tuple[NDArray[np.uint32], int, float]:
     """The constants of a group for each of the rules, the next step and the learning rate."""
     groups = b"".join(group for rule in rules for group in rule.groups)
@@ -158,6 +165,7 @@ def run_advance(
             3: constants,
             4: np.array([args.schedule(*schedule)]),
             5: groups,
+            6: np.array([seed], np.uint32),
         },
         writable=None if schedule else {2: []},
     )
@@ -174,7 +182,7 @@ class Update:
         self,
         case: Case | Sequence[Case],
         leaves: Sequence[Leaf],
-        types: Sequence[Type],  # of p and the state, the last of all that follow
+        types: Sequence[Type],  # see types_of
         *,
         step: int = 0,
         schedule: tuple[Any, ...] = (),
@@ -194,7 +202,7 @@ class Update:
         self.p_offsets = self._offsets(p_start)
         self.state_offsets = self._offsets(state_start)
         count = self.rules[0].num_states
-        self.types = [*types, *types[-1:] * count][: 1 + count]
+        self.types = types_of(types, count)
         self.slots = self.cases[0].slots[:count] if self.cases else ("",) * count
         self.p_in = self._flat(self.types[0], self.p_offsets, rng)
         self.p_out = np.full(self.p_in.size, CANARY[self.types[0].held])
@@ -245,7 +253,8 @@ class Update:
             own = list(zip(leaf.shape, leaf.strides, strict=True)) if leaf.strides else []
             if leaf.layout == args.TILED:
                 *outer, rows, columns = leaf.shape
-                work = -(-rows // args.TILE) * -(-columns // args.TILE) * int(np.prod(outer))
+                work = -(-rows // args.TILE_ROWS) * -(-columns // args.TILE_COLUMNS)
+                work *= int(np.prod(outer))
             segments[number] = (
                 leaf.size,
                 self.p_offsets[number],
@@ -258,7 +267,7 @@ class Update:
                 leaf.layout,
                 len(dimensions),
                 len(own),
-                0,
+                args.hash_of(str(number)),
             )
             dimensions += own
             groups += -(-work // passes)
@@ -308,9 +317,8 @@ class Update:
         buffers |= {args.STATE + k: array for k, array in enumerate(self.state)}
         if rule != "Copy":
             constants, _, _ = run_advance(
-                library, self.rules, self.step, self.schedule, self.learning_rate
+                library, self.rules, self.step, self.schedule, self.learning_rate, seed
             )
-            constants[:, 2] = seed
             buffers[args.CONSTANTS] = constants
         buffers[args.DISPATCH] = np.array([arguments])
         buffers[args.SEGMENTS] = segments

@@ -50,7 +50,7 @@ RULES = [
     Case("Lion", {}),
     Case("Lion", {"betas": (0.8, 0.95), "weight_decay": 0.1}),
 ]
-MOMENTUM, ADAM, ADAMW = RULES[3], RULES[6], RULES[8]
+MOMENTUM, ADAM, ADAMW, LION = RULES[3], RULES[6], RULES[8], RULES[10]
 
 # A schedule is written (name, *arguments), which may hold others, or is a number or a callable.
 SCHEDULES: dict[str, Any] = {
@@ -83,6 +83,16 @@ def build_schedule(module: Any, schedule: Any) -> Any:
         arguments[0] = [build_schedule(module, part) for part in arguments[0]]
     return getattr(module, name)(*arguments)
 
+
+# What is stored otherwise than in a dtype.
+STORAGES: dict[str, dict[str, Any]] = {
+    "as the dtypes say": {},
+    "24-bit weights": {"master_weight_bits": 24},
+    "32-bit weights": {"master_weight_bits": 32},
+    "stochastic rounding": {"stochastic_rounding": True},
+    "8-bit state": {"state_dtype": mx.int8},
+    "24-bit weights, 8-bit state": {"master_weight_bits": 24, "state_dtype": mx.int8},
+}
 
 # How a gradient lies in memory, or which leaves have one.
 LAYOUTS = (
@@ -125,6 +135,7 @@ class Row:
     case: Case
     dtypes: Dtypes = FLOAT32  # of parameters, gradients and state
     schedule: str = "constant"
+    storage: str = "as the dtypes say"
     layout: str = LAYOUTS[0]
     compiled: bool = False
     large: bool = False
@@ -135,10 +146,11 @@ class Row:
         p, g, state = self.dtypes
         dtypes = f"{p} parameters, {g} gradients, {state} state"
         rate = "" if self.schedule == "constant" else f", {self.schedule}"
+        storage = f", {self.storage}" if STORAGES[self.storage] else ""
         start = f", after {self.first_step:,} steps" if self.first_step else ""
         return (
-            f"{self.case}{rate}, {f'all {p}' if p == g == state else dtypes}, {self.layout}"
-            f"{', large tensors' if self.large else ''}, "
+            f"{self.case}{rate}, {f'all {p}' if p == g == state else dtypes}{storage}, "
+            f"{self.layout}{', large tensors' if self.large else ''}, "
             f"{'compiled' if self.compiled else 'eager'}{start}"
         )
 
@@ -171,6 +183,8 @@ KINDS = ("float32", "float16", "bfloat16")
 def all_rows() -> dict[str, list[Row]]:
     """The rows by their groups."""
     two, modes = (MOMENTUM, ADAMW), (False, True)
+    halves: list[Dtypes] = [("bfloat16", "bfloat16", "float32"), ("float16", "float32", "float32")]
+    stored = [name for name, options in STORAGES.items() if options]
     kinds_and_modes = [*((dtypes, False) for dtypes in MIXES), (FLOAT32, True)]
     schedules = [name for name in SCHEDULES if name != "constant"]
     return {
@@ -179,6 +193,12 @@ def all_rows() -> dict[str, list[Row]]:
             *(Row(case, first_step=n, steps=1) for case in (ADAM, ADAMW) for n in (1000, 10**6)),
         ],
         "dtypes": [Row(ADAMW, mix) for mix in product(KINDS, KINDS, KINDS) if mix not in MIXES],
+        "storages": [
+            *(Row(case, halves[0], storage=s) for s, case in product(stored, (*two, LION))),
+            *(Row(ADAMW, halves[1], storage=s, compiled=True, layout=LAYOUTS[1]) for s in stored),
+            Row(ADAMW, halves[0], storage=stored[-1], layout="gradients for a part"),
+            Row(ADAMW, storage="8-bit state", large=True, layout=LAYOUTS[1]),
+        ],
         "schedules": [
             Row(case, schedule=name, compiled=mode, steps=7)
             for name, case, mode in product(schedules, two, modes)
@@ -201,6 +221,7 @@ def quick_rows() -> dict[str, list[Row]]:
     return {
         "rules": [row for row in rows["rules"] if row.dtypes in MIXES[:2]],
         "dtypes": rows["dtypes"][::4],
+        "storages": rows["storages"][::3],
         "schedules": [row for row in rows["schedules"] if (row.case == MOMENTUM) == row.compiled],
         "layouts": [row for row in rows["layouts"] if (row.case == MOMENTUM) == row.compiled],
         "large tensors": rows["large tensors"][:1],

@@ -16,8 +16,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import flatstep
 
+from ..slots import SMALLEST_CODED
 from . import formulas
-from .cases import LAYOUTS, PART, SCHEDULES, Row, Shapes
+from .cases import LAYOUTS, PART, SCHEDULES, STORAGES, Row, Shapes
 
 # What is allowed, relative to the largest term or the sum.
 MLX_PARAMETERS = 1e-3  # MLX's 1 - beta^t is float32, and on a GPU as exact as the GPU's pow
@@ -41,7 +42,8 @@ class Training:
 
     def __init__(self, row: Row) -> None:
         self.row = row
-        self.optimizer = row.make(flatstep, state_dtype=row.dtype(2))
+        options = {"state_dtype": row.dtype(2), **STORAGES[row.storage]}
+        self.optimizer = row.make(flatstep, **options)
         self.leaves = random_leaves(row.shapes, 1, row.dtype(0))
         if row.layout == "transposed parameters":
             self.leaves = {path: transposed(leaf) for path, leaf in self.leaves.items()}
@@ -69,8 +71,11 @@ class Training:
 
     def vectors(self, paths: Iterable[str]) -> Vectors:
         """The parameters and the state of these leaves, in float64, one after the other."""
-        state = flattened(self.optimizer.state)
-        arrays = {"p": [self.leaves[path] for path in paths]}
+        state = flattened(self.optimizer.dequantized_state())
+        weights = self.leaves
+        if "master_weight_bits" in STORAGES[self.row.storage]:
+            weights = flattened(self.optimizer.master_weights(tree_of(self.leaves)))
+        arrays = {"p": [weights[path] for path in paths]}
         for slot in self.row.case.slots:
             arrays[slot] = [state[f"{path}.{slot}"] for path in paths]
         return {name: joined(parts) for name, parts in arrays.items()}
@@ -110,19 +115,47 @@ def _one_step(training: Training, step: int, device: mx.Device) -> None:
         given = {**before, "learning_rate": mx.array(learning_rate, mx.float64)}
         shapes = {path: row.shapes[path] for path in covered}
         for name, terms in exact.items():
+            bits = STORAGES[row.storage].get("master_weight_bits")
             dtype = row.dtype(0 if name == "p" else 2)
+            if name == "p" and bits:
+                dtype = mx.float32
             near_mlx = (MLX_PARAMETERS if name == "p" else MLX_STATE) * formulas.largest(terms)
             if dtype != mx.float32:
                 near_mlx = near_mlx + formulas.ulp(theirs[name], dtype)
             near = formulas.tolerance(terms, dtype, formulas.allowed_ulps(name))
+            stored = _storage_step(row, name, terms, shapes)
+            near, near_mlx = near + stored, near_mlx + stored
             check = partial(_check_close, f"{where}: {name}", shapes, given, after[name])
             check("float64", formulas.total(terms), near)
             check("mlx.optimizers", theirs[name], near_mlx)
 
 
+def _storage_step(row: Row, name: str, terms: formulas.Terms, shapes: Shapes) -> Any:
+    """How far what is stored may be from these values, besides a rounding to nearest."""
+    options, values = STORAGES[row.storage], formulas.total(terms)
+    if name == "p":
+        if options.get("master_weight_bits") == 24:
+            return mx.abs(values) / 2.0 ** (15 if row.dtype(0) == mx.bfloat16 else 18) + 2.0**-32
+        if options.get("master_weight_bits") == 32:
+            return 0.0 if row.dtype(0) == mx.bfloat16 else 2.0**-40
+        rounded = options.get("stochastic_rounding") and row.dtype(0) != mx.float32
+        return formulas.ulp(values, row.dtype(0)) if rounded else 0.0
+    if "state_dtype" not in options or not values.size:
+        return 0.0
+    has_sign = row.case.make(flatstep).rule().has_sign(row.case.slots.index(name))
+    ends = list(accumulate(map(math.prod, shapes.values())))
+    parts = mx.split(values, ends[:-1])
+    steps = [
+        formulas.code_step(part, has_sign) if part.size >= SMALLEST_CODED else mx.zeros_like(part)
+        for part in parts
+    ]
+    return mx.concatenate(steps)
+
+
 def _check_kinds(training: Training, where: str) -> None:
     """Each leaf keeps its shape and dtype."""
-    row, arrays = training.row, {**flattened(training.optimizer.state), **training.leaves}
+    row = training.row
+    arrays = {**flattened(training.optimizer.dequantized_state()), **training.leaves}
     for path, shape in row.shapes.items():
         for name in (path, *(f"{path}.{slot}" for slot in row.case.slots)):
             kind = (shape, row.dtype(0 if name == path else 2))

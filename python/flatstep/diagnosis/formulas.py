@@ -158,6 +158,20 @@ def tolerance(terms: Terms, dtype: mx.Dtype, ulps: float) -> mx.array:
     return off + 0.5 * ulp(abs(total(terms)) + off, dtype)
 
 
+# The largest code's multiple of the scale, of values with a sign and of others.
+_CODED = {True: 247.0, False: 63487.0}
+_BLOCK = 64
+
+
+def code_step(values: mx.array, has_sign: bool) -> mx.array:
+    """How far a leaf's 8-bit codes may be from these values, each by itself."""
+    magnitude = mx.abs(values)
+    padding = -values.size % _BLOCK
+    blocks = mx.pad(magnitude, (0, padding)).reshape(-1, _BLOCK)
+    scales = mx.repeat(mx.max(blocks, axis=1) / _CODED[has_sign], _BLOCK)[: values.size]
+    return (magnitude + scales) / 16 + (0.0 if has_sign else 1.0) * scales / 2
+
+
 def total(terms: Terms) -> Any:
     return sum(terms)
 

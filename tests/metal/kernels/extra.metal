@@ -31,14 +31,33 @@ struct FourStates {
   }
 };
 
+// For which a zero does not stay one.
+struct Shift {
+  enum { NUM_STATES = 1, READS_STEP = 0 };
+  FLATSTEP_HYPERPARAMETERS(by)
+
+  struct Constants {
+    float by;
+  };
+
+  static Constants prepare(Hyperparameters h, float, Step) {
+    return {h.by.value};
+  }
+
+  static Element<1> update(Constants c, Element<1> e, float) {
+    e.p += c.by;
+    e.state[0] += c.by;
+    return e;
+  }
+};
+
 struct Keyed {
   typedef uint Stored;
   static float load(uint) {
     return 0.0f;
   }
   static uint store(float, RoundingKey key) {
-    uint element = uint(key.element) * 2654435761u ^ uint(key.element >> 32) * 40503u;
-    return element ^ uint(key.step) * 97u ^ uint(key.step >> 32) * 193u ^ key.seed * 389u;
+    return key.number;
   }
 };
 
