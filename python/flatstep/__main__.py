@@ -11,13 +11,14 @@ from . import __version__
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     # Only here, so that importing flatstep costs what training needs.
-    from . import bench, doctor
+    from . import bench, doctor, memory
 
     parser = argparse.ArgumentParser(prog="python -m flatstep", description="flatstep's commands.")
     parser.add_argument("--version", action="version", version=f"flatstep {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     doctor.add_command(commands)
     bench.add_command(commands)
+    memory.add_command(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
