@@ -26,7 +26,7 @@ FORMATTED := $(CXX_SOURCES) $(wildcard metal/*.metal metal/*.h \
 SOURCES := pyproject.toml CMakeLists.txt $(CXX_SOURCES) $(wildcard metal/* scripts/metal_source.py \
   python/flatstep/*.py* python/flatstep/*/*.py)
 
-.PHONY: help demo test test-all bench profile instructions lint format warnings sanitize macos-check linux stubs clean
+.PHONY: help demo test test-all bench modes profile instructions lint format warnings sanitize macos-check linux stubs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make test       build, and run the tests; ARGS goes to pytest: make test ARGS='-k adam'"
 	@echo "make test-all   all of them, those too that take long and say little more"
 	@echo "make bench      measure against mlx.optimizers, torch and the memory's own speed"
+	@echo "make modes      train in each way to store parameters and state, and measure memory: docs/memory.md"
 	@echo "make profile    where the time of a step goes: Python, graph, evaluation, kernels"
 	@echo "make instructions  count a step's instructions around its kernels, compare with the bound (Linux)"
 	@echo "make lint       ruff, mypy, clang-format and the workflows' schema, changing nothing"
@@ -56,6 +57,9 @@ test-all: $(VENV)/.test clang-for-tests
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m flatstep bench $(ARGS)
+
+modes: $(VENV)/.bench
+	$(BIN)/python -m flatstep.benchmark.modes --plots build/memory $(ARGS)
 
 profile: $(VENV)/.package
 	$(BIN)/python -m flatstep.benchmark.profile $(ARGS)

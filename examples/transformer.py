@@ -22,6 +22,8 @@ class ByteTransformer(nn.Module):
     """
 
     pairs = 8192
+    # Of the activations; None: what the parameters and the float32 positions promote to.
+    activations: mx.Dtype | None = None
 
     def __init__(self, dims: int = 192, layers: int = 3, heads: int = 4) -> None:
         super().__init__()
@@ -33,11 +35,31 @@ class ByteTransformer(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         length = x.shape[1]
-        before = mx.pad(x[:, :-1], [(0, 0), (1, 0)])
-        h = self.byte(x) + self.pair((128 * before + x) % self.pairs)
-        mask = nn.MultiHeadAttention.create_additive_causal_mask(length)
-        logits: mx.array = self.out(self.encoder(h + self.position(mx.arange(length)), mask))
+        h = self.byte(x) + self.pair(self.rows(x)) + self.position(mx.arange(length))
+        if self.activations is not None:
+            h = h.astype(self.activations)
+        mask = nn.MultiHeadAttention.create_additive_causal_mask(length, h.dtype)
+        logits: mx.array = self.out(self.encoder(h, mask))
         return logits
+
+    def rows(self, x: mx.array) -> mx.array:
+        """The row of the table that each byte and the one before it have."""
+        return (128 * earlier(x, 1) + x) % self.pairs
+
+
+class TrigramTransformer(ByteTransformer):
+    """The same with a large table for three bytes, hashed: most rows are seen rarely."""
+
+    pairs = 131072
+
+    def rows(self, x: mx.array) -> mx.array:
+        three = 16384 * earlier(x, 2) + 128 * earlier(x, 1) + x
+        return (three.astype(mx.uint32) * 2654435761) >> 15  # Knuth's hash: the upper 17 bits
+
+
+def earlier(x: mx.array, by: int) -> mx.array:
+    """For each byte the one so many places before it, or zero."""
+    return mx.pad(x[:, :-by], [(0, 0), (by, 0)])
 
 
 def loss_fn(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:

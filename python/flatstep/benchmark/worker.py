@@ -46,9 +46,19 @@ def run_worker(job: Job, report: Callable[[float], None]) -> dict[str, Series]:
     Raises:
         WorkerError: when the process fails; with the last line that it wrote.
     """
+    series = ask(__name__, asdict(job), report).get("series", {})
+    return {name: Series(**runs) for name, runs in series.items()}
+
+
+def ask(module: str, job: dict[str, Any], report: Callable[[float], None]) -> dict[str, Any]:
+    """The last message of a process that runs this module.
+
+    Raises:
+        WorkerError: when the process fails; with the last line that it wrote.
+    """
     with tempfile.TemporaryFile("w+") as errors:
         worker = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -57,18 +67,17 @@ def run_worker(job: Job, report: Callable[[float], None]) -> dict[str, Series]:
         with worker:
             assert worker.stdin and worker.stdout
             with contextlib.suppress(BrokenPipeError):  # it says why when it has ended
-                worker.stdin.write(json.dumps(asdict(job)))
+                worker.stdin.write(json.dumps(job))
                 worker.stdin.close()
-            series = {}
+            message: dict[str, Any] = {}
             for line in worker.stdout:
                 message = json.loads(line)
                 report(message.get("done", 1.0))
-                series = message.get("series", {})
         if worker.returncode != 0:
             errors.seek(0)
             last = errors.read().strip().rpartition("\n")[2]
             raise WorkerError(f"exit code {worker.returncode}: {last}")
-    return {name: Series(**runs) for name, runs in series.items()}
+    return message
 
 
 def serve() -> None:
@@ -86,8 +95,8 @@ def serve() -> None:
             floor()
     budget = Budget(**fields["budget"])
     spins = names == TORCH
-    series = measure(contenders, floor, budget, spins, lambda done: _write({"done": done}))
-    _write({"series": {name: asdict(runs) for name, runs in series.items()}})
+    series = measure(contenders, floor, budget, spins, lambda done: write({"done": done}))
+    write({"series": {name: asdict(runs) for name, runs in series.items()}})
 
 
 def set_up(setting: Setting) -> None:
@@ -98,7 +107,7 @@ def set_up(setting: Setting) -> None:
         _ext.set_cpu_loops(setting.loops)
 
 
-def _write(message: dict[str, Any]) -> None:
+def write(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 
