@@ -77,6 +77,10 @@ inline constexpr const StorageTraits& traits_of(Storage storage) {
   return kStorages[static_cast<size_t>(storage)];
 }
 
+inline constexpr bool is_plain(Storage storage) {
+  return static_cast<size_t>(storage) < kNumPlainStorages;
+}
+
 // Storage::count for a dtype that no plain one is for.
 inline Storage find_storage(mx::Dtype dtype) {
   size_t i = 0;

@@ -134,6 +134,11 @@ class SegmentUpdate {
     if (traits_of(g_storage_).dtype != traits_of(storage_).dtype) {
       g_storage_ = storage_ = Storage::Float32;
     }
+    if (job.has_codes || !is_plain(job.p_out.storage)) {
+      for (uint32_t k = 0; k <= job.states.size(); ++k) {
+        starts_[k] = start_of(job.seed, segment_.name, k);
+      }
+    }
   }
 
   // Updates elements [begin, end) of the segment.
@@ -169,18 +174,18 @@ class SegmentUpdate {
   // As many elements from `i` on as can be had at once of each array, in whole units.
   size_t length_of_part(size_t i, size_t left) {
     size_t n = std::min(job_.has_codes ? kCodedElements : kBlockElements, left);
-    gradient_.raw(i, n);
-    parameter_.raw(i, n);
+    gradient_.limit(i, n);
+    parameter_.limit(i, n);
     for (size_t k = 0; k < job_.states.size(); ++k) {
-      states_[k]->raw(segment_.state_offset + i, n);
+      states_[k]->limit(segment_.state_offset + i, n);
     }
     size_t unit = std::min(job_.unit(), left);
     return n == left ? n : std::max(n / unit * unit, unit);
   }
 
   // Of an element of the parameter, array 0, or of state number `array - 1`.
-  RoundingKey key_of(uint32_t array, size_t i) const {
-    return rounding_key(start_of(job_.seed, segment_.name, array), job_.now, i);
+  RoundingKey key_of(size_t array, size_t i) const {
+    return rounding_key(starts_[array], job_.now, i);
   }
 
   const Job& job_;
@@ -188,6 +193,7 @@ class SegmentUpdate {
   const Segment& segment_;
   Storage g_storage_;  // in which the loop takes the gradient, and below the parameter
   Storage storage_;
+  std::array<uint32_t, 1 + kMaxStates> starts_{};  // of the keys, where there are any
   Walk gradient_;
   Walk parameter_;
   std::array<std::optional<Walk>, kMaxStates> states_;

@@ -91,6 +91,12 @@ class Walk {
   const char* raw(size_t begin, size_t& n) {
     return reader_ ? reader_->read(begin, n) : input_.at(begin);
   }
+  // Makes `n` that small where fewer can be had at once.
+  void limit(size_t begin, size_t& n) {
+    if (reader_) {
+      reader_->read(begin, n);
+    }
+  }
   // Neither more nor fewer than n, at most a block of them where they lie in pieces: as they are
   // stored, with these rests if the storage has any, or in float32.
   const void* exactly(
