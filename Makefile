@@ -11,7 +11,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 WORKERS := -n auto --dist worksteal
 # All of the C++ runs in these. The others take long, measure, limit memory, or ask what torch does;
 # what is queued asks the same of every rule.
-NOT_SANITIZED := torch memory out_of_memory bench_command bench_tools
+NOT_SANITIZED := torch memory memory_estimate modes out_of_memory bench_command bench_tools
 SANITIZED_TESTS := $(foreach test,$(NOT_SANITIZED),--ignore=tests/test_$(test).py) \
   --ignore=tests/metal --deselect=tests/test_parity.py::test_a_thousand_steps \
   '--deselect=tests/test_queued.py::test_steps_that_wait_together_are_what_they_are_alone[Adam' \

@@ -112,12 +112,13 @@ def chance_codes(
     # Only leading bits count, as many as there are below a code's last.
     chance = (keys >> 13).reshape(values.shape) / 2.0**19
     # A float is cut off where its sum ends, so what lies below that counts as well.
-    low, high = (np.floor(at + chance + error) for error in (-PLACE_ERROR, PLACE_ERROR))
     last = last_code(has_sign)
-    exact_zero = values == 0
-    return tuple(  # type: ignore[return-value]
-        np.where(exact_zero, 0, np.clip(x, 0, last)).astype(np.int64) for x in (low, high)
-    )
+
+    def code(error: float) -> NDArray[np.int64]:
+        place = np.floor(at + chance + error)
+        return np.where(values == 0, 0, np.clip(place, 0, last)).astype(np.int64)
+
+    return code(-PLACE_ERROR), code(PLACE_ERROR)
 
 
 # ---- The random numbers of csrc/rounding.h ----

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -28,12 +27,7 @@ SPECIAL = np.array(
 )
 
 
-@pytest.fixture(autouse=True)
-def restored_settings() -> Iterator[None]:
-    loops, threads = _ext.cpu_loops(), _ext.num_threads()
-    yield
-    _ext.set_cpu_loops(loops)
-    _ext.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored_settings")
 
 
 def any_floats(size: int, dtype: mx.Dtype, rng: np.random.Generator) -> mx.array:

@@ -253,3 +253,14 @@ def test_a_bad_assignment_to_the_state_changes_nothing(
     run, shadow = trained(case)
     fails(lambda: change(run.optimizer.state), exception, *parts)
     assert_it_goes_on(run, shadow, new_tree)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_flat_state_with_another_number_of_arrays_is_refused(count: int) -> None:
+    optimizer = optim.Adam(1e-3)
+    optimizer.init({"w": mx.zeros(3)})
+    storage = dict(dict.items(optimizer.state))
+    flat = storage["__flatstep__"]
+    storage["__flatstep__"] = {**flat, "m": flat["m"] * count}
+    with pytest.raises(ValueError, match="not what an optimizer of flatstep returned: m has"):
+        optimizer.state = storage

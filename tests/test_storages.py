@@ -1,6 +1,6 @@
 """Steps over 8-bit state and half-precision parameters, whatever runs them and however they lie."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
@@ -27,12 +27,7 @@ HALF_DTYPES = [half.dtype for half in HALVES.values()]
 every_dtype = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=case_id)
 
 
-@pytest.fixture(autouse=True)
-def restored_settings() -> Iterator[None]:
-    loops, threads = _ext.cpu_loops(), _ext.num_threads()
-    yield
-    _ext.set_cpu_loops(loops)
-    _ext.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("restored_settings")
 
 
 # ---- However leaves lie ----

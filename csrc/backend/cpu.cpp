@@ -53,11 +53,14 @@ struct Job {
     const Operands& operands = update.operands();
     auto operand = [&](Operand which) { return operands.get(which, inputs); };
     // The leaves, or the parts of a flat array, that the segments name.
-    auto add_inputs = [&](std::vector<Input>& to, const mx::array* arrays, bool is_flat) {
+    auto add_inputs = [&](std::vector<Input>& to,
+                          const mx::array* arrays,
+                          bool is_flat,
+                          std::optional<Storage> stored_as = {}) {
       to.reserve(plan->segments.size());
       for (const Segment& segment : plan->segments) {
         const mx::array& a = is_flat ? *arrays : *arrays++;
-        Storage storage = &to == &parameters ? p_out.storage : storage_of(a.dtype());
+        Storage storage = stored_as ? *stored_as : storage_of(a.dtype());
         to.emplace_back(a, storage, extent_of(storage), is_flat ? segment.p_offset : 0);
       }
     };
@@ -67,7 +70,8 @@ struct Job {
     if (operands.has(Operand::learning_rate)) {
       learning_rate = operand(Operand::learning_rate)->data<float>();
     }
-    add_inputs(parameters, operand(Operand::parameters), update.has_flat_parameters());
+    add_inputs(
+        parameters, operand(Operand::parameters), update.has_flat_parameters(), p_out.storage);
     add_inputs(gradients, operand(Operand::gradients), update.has_flat_gradients());
     for (size_t k = 0; k < update.num_states(); ++k) {
       const mx::array& in = *operand(state_operand(k));

@@ -160,7 +160,16 @@ class Additions(Optimizer):
     @property
     def _form(self) -> StateForm:
         """How the state is kept."""
-        raise NotImplementedError
+        rule = self.rule()
+        unsigned = tuple(slot for k, slot in enumerate(self.slots) if not rule.has_sign(k))
+        precision = self._precision
+        return StateForm(
+            self.slots,
+            unsigned,
+            precision.state_dtype,
+            precision.master_weight_bits,
+            precision.full_precision,
+        )
 
     def _laid_out(self, parameters: Any) -> Any:
         """The state, or a copy in flat arrays where it was set and no step has laid it out yet."""

@@ -20,7 +20,7 @@ from .checks import (
 from .layout import Layout, single_step
 from .precision import Precision
 from .schedulers import plain_schedule
-from .slots import MASTER, StateForm
+from .slots import MASTER
 from .state import State
 from .trees import matching_part
 from .walk import plain
@@ -300,20 +300,6 @@ class FusedOptimizer(Additions):
             return None
         updated, written, step, learning_rate = result
         return updated, dict(zip(slots, written, strict=True)), step, learning_rate
-
-    @property
-    def _form(self) -> StateForm:
-        """How the state is kept."""
-        rule = self.rule()
-        unsigned = tuple(slot for k, slot in enumerate(self.slots) if not rule.has_sign(k))
-        precision = self._precision
-        return StateForm(
-            self.slots,
-            unsigned,
-            precision.state_dtype,
-            precision.master_weight_bits,
-            precision.full_precision,
-        )
 
     def _plain_schedule(self) -> _ext.PlainSchedule | None:
         schedule = self._schedulers.get("learning_rate")

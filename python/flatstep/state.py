@@ -209,7 +209,7 @@ def _checked_flat(flat: Any) -> Layout:
         layout = Layout.from_text(flat[LAYOUT_KEY])
         for slot in layout.form.flat_slots:
             shapes = [tuple(array.shape) for array in flat[slot]]
-            if shapes != [layout.flat_shape(slot, bucket) for bucket in range(len(shapes))]:
+            if shapes != [layout.flat_shape(slot, b) for b in range(len(layout.buckets))]:
                 raise ValueError(f"{slot} has arrays of shapes {shapes}")
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(

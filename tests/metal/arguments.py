@@ -116,28 +116,3 @@ def schedule(*description: Any) -> Struct:
 
 
 WORD = (1 << 32) - 1
-
-
-def scrambled(x: int) -> int:
-    """The permutation of 32 bits of csrc/rounding.h."""
-    x ^= x >> 16
-    x = x * 0x7FEB352D & WORD
-    x ^= x >> 15
-    x = x * 0x846CA68B & WORD
-    return x ^ x >> 16
-
-
-def hash_of(name: str) -> int:
-    """FNV-1a."""
-    result = 2166136261
-    for byte in name.encode():
-        result = (result ^ byte) * 16777619 & WORD
-    return result
-
-
-def rounding_keys(
-    elements: NDArray[np.uint64], step: int, seed: int, leaf: str, array: int
-) -> NDArray[np.uint32]:
-    start = scrambled(scrambled((seed + 1) & WORD) ^ hash_of(leaf))
-    start = scrambled((start + array) & WORD) + (step & WORD) * 0x91E10DA5
-    return (np.uint64(start & WORD) + elements * np.uint64(0xC13FA9A9)).astype(np.uint32)

@@ -23,6 +23,8 @@ LEFT_OUT = {
     "test_bits.py": "compares the CPU's instruction sets and threads",
     "test_doctor.py": "starts processes that have no simulator",
     "test_environment.py": "is about what is imported",
+    "test_memory_estimate.py": "is about sizes",
+    "test_modes.py": "is about the benchmarks",
     "test_memory.py": "measures peaks, and the simulator needs memory of its own",
     "test_out_of_memory.py": "starts processes that have no simulator",
     "test_package.py": "is about what is installed",

@@ -10,6 +10,7 @@ import kernel_text
 import mlx.core as mx
 import numpy as np
 import reference
+from block_reference import hash_of
 from cases import Case, random_values
 from flatstep.diagnosis.formulas import allowed_ulps
 from numpy.typing import NDArray
@@ -267,7 +268,7 @@ class Update:
                 leaf.layout,
                 len(dimensions),
                 len(own),
-                args.hash_of(str(number)),
+                hash_of(str(number)),
             )
             dimensions += own
             groups += -(-work // passes)
