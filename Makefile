@@ -11,11 +11,11 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 WORKERS := -n auto --dist worksteal
 # All of the C++ runs in these. The others take long, measure, limit memory, or ask what torch does;
 # what is queued asks the same of every rule.
-NOT_SANITIZED := torch memory memory_estimate modes out_of_memory bench_command bench_tools
+NOT_SANITIZED := torch memory memory_estimate modes out_of_memory bench_command bench_tools blow_up
 SANITIZED_TESTS := $(foreach test,$(NOT_SANITIZED),--ignore=tests/test_$(test).py) \
   --ignore=tests/metal --deselect=tests/test_parity.py::test_a_thousand_steps \
-  '--deselect=tests/test_queued.py::test_steps_that_wait_together_are_what_they_are_alone[Adam' \
-  '--deselect=tests/test_queued.py::test_a_step_reads_gradients_that_are_queued_before_it[Adam'
+  $(foreach rule,Adam Lion,'--deselect=tests/test_queued.py::test_steps_that_wait_together_are_what_they_are_alone[$(rule)') \
+  $(foreach rule,Adam Lion,'--deselect=tests/test_queued.py::test_a_step_reads_gradients_that_are_queued_before_it[$(rule)')
 SUPPORTED := 3.10 3.11 3.12 3.13 3.14
 
 BIN = $(VENV)/bin

@@ -11,7 +11,7 @@ from typing import Any
 import flatstep.__main__ as command
 import mlx.core as mx
 import pytest
-from flatstep import _command_line, _ext, optimizers
+from flatstep import _command_line, _ext, fused, optimizers
 from flatstep.diagnosis import cases, comparison, environment, formulas, selftest, speed
 from flatstep.diagnosis.comparison import run_row
 from flatstep.fused import FusedOptimizer
@@ -31,12 +31,12 @@ def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def change_rules(monkeypatch: pytest.MonkeyPatch, **changes: float) -> None:
     """Every rule gets hyperparameters that are off by so much."""
-    make_rule = optimizers.make_rule
+    make_rule = fused.make_rule
 
     def changed(name: str, **values: float) -> _ext.Rule:
         return make_rule(name, **{**values, **{k: values[k] + changes[k] for k in changes}})
 
-    monkeypatch.setattr(optimizers, "make_rule", changed)
+    monkeypatch.setattr(fused, "make_rule", changed)
 
 
 def verdicts(output: str) -> list[str]:
