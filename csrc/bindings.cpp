@@ -16,6 +16,7 @@
 #include "fused_update.h"
 #include "mlx/transforms.h"
 #include "step.h"
+#include "step_bindings.h"
 #include "tree.h"
 #include "view.h"
 
@@ -27,46 +28,6 @@ template <>
 struct nanobind::detail::type_caster<mx::Shape> : list_caster<mx::Shape, mx::ShapeElem> {};
 
 namespace {
-
-using State = std::vector<std::vector<mx::array>>;
-// As the stubs have it.
-using StateLists = nb::typed<nb::list, nb::typed<nb::list, mx::array>>;
-
-std::optional<std::tuple<nb::object, State, mx::array, std::optional<mx::array>>> step(
-    const Layout& layout,
-    nb::handle skeleton,
-    nb::handle gradients,
-    nb::handle parameters,
-    const Rule& rule,
-    const PlainSchedule* schedule,
-    const StateLists& state,
-    const mx::array& step_count,
-    std::optional<mx::array> learning_rate,
-    Rounding rounding,
-    uint32_t seed,
-    mx::StreamOrDevice s) {
-  GivenLeaves given = collect_leaves(layout, skeleton, gradients, parameters);
-  if (given.dtype_changed) {
-    return std::nullopt;
-  }
-  StepInputs inputs{
-      rule,
-      schedule ? schedule->data() : nullptr,
-      std::move(learning_rate),
-      step_count,
-      std::move(given.parameters),
-      std::move(given.gradients),
-      nb::cast<State>(state),
-      mx::to_stream(s),
-      rounding,
-      seed};
-  StepInputs next = update_leaves(layout, given.leaves, std::move(inputs));
-  return std::tuple(
-      rebuild_tree(gradients, std::move(next.parameters)),
-      std::move(next.state),
-      std::move(next.step),
-      std::move(next.learning_rate));
-}
 
 // The value of a scalar of a floating type, unless that would take an evaluation.
 std::optional<double> known_value(const mx::array& a) {
@@ -102,12 +63,26 @@ void bind_rules(nb::module_& m) {
           "groups",
           [](const Rule& rule) {
             std::vector<nb::bytes> groups;
-            for (const Hyperparameters& h : rule.groups()) {
-              groups.emplace_back(h.data(), sizeof(h));
+            for (const ParameterGroup& group : rule.groups()) {
+              groups.emplace_back(group.hyperparameters.data(), sizeof(Hyperparameters));
             }
             return groups;
           },
-          "The hyperparameters of each group of parameters, as a kernel gets them.");
+          "The hyperparameters of each group of parameters, as a kernel gets them.")
+      .def(
+          "with_group",
+          [](const Rule& rule,
+             const std::map<std::string, double>& values,
+             RateSource source,
+             float scale,
+             const PlainSchedule* schedule) {
+            return rule.with_group(values, source, scale, schedule ? schedule->data() : nullptr);
+          },
+          "values"_a,
+          "source"_a,
+          "scale"_a = 1.0f,
+          "schedule"_a.none() = nb::none(),
+          "The rule with one more group of parameters.");
 }
 
 void bind_storages(nb::module_& m) {
@@ -221,20 +196,6 @@ void bind_layout(nb::module_& m) {
             return blocks;
           },
           "The length of each bucket in blocks of 64 elements.");
-  m.def(
-      "are_flat",
-      [](const Layout& layout, nb::handle skeleton, nb::handle parameters) {
-        GivenLeaves given = collect_leaves(layout, skeleton, parameters, parameters);
-        {
-          nb::gil_scoped_release release;
-          mx::eval(given.parameters);
-        }
-        return !given.dtype_changed && are_flat(layout, given.leaves, given.parameters);
-      },
-      "layout"_a,
-      "skeleton"_a,
-      "parameters"_a,
-      "Whether the parameters lie in their buckets, once they are evaluated.");
 }
 
 void bind_cpu(nb::module_& m) {
@@ -283,23 +244,7 @@ NB_MODULE(_ext, m) {
       &known_value,
       "array"_a,
       "The value of a floating scalar that is evaluated; None of any other array.");
-  m.def(
-      "step",
-      &step,
-      "layout"_a,
-      "skeleton"_a,
-      "gradients"_a.none(),
-      "parameters"_a.none(),
-      "rule"_a,
-      "schedule"_a.none(),
-      "state"_a,
-      "step"_a,
-      "learning_rate"_a.none(),
-      "rounding"_a = Rounding::nearest,
-      "seed"_a = 0,
-      "stream"_a = nb::none(),
-      "One step over a tree: (parameters, state, step, learning_rate), or None when a parameter's "
-      "dtype is not the layout's.");
+  bind_steps(m);
   m.def(
       "views",
       &parts_of,

@@ -105,31 +105,58 @@ std::map<std::string, uint64_t> reuse_counters() {
       {"state_fresh", state_written.fresh}};
 }
 
+namespace {
+
+// The bucket's array in a list of the state. Throws std::invalid_argument where it is too short, or
+// not in blocks as it should be.
+const mx::array& checked(
+    const BucketPlan& plan, const std::vector<mx::array>& list, size_t block_bytes) {
+  const mx::array& state = list.at(plan.bucket);
+  const Segment& last = plan.segments.back();
+  size_t end = last.state_offset + last.size;
+  bool fits = state.size() >= end;
+  if (block_bytes > 0) {
+    size_t blocks = (end + kBlock - 1) / kBlock;
+    fits = state.dtype() == mx::uint8 && state.ndim() == 2 &&
+           static_cast<size_t>(state.shape(1)) == block_bytes &&
+           static_cast<size_t>(state.shape(0)) >= blocks;
+  } else {
+    storage_of(state.dtype());
+  }
+  if (!fits) {
+    throw std::invalid_argument(
+        "[step] a state array has too few elements, or is not in blocks as it should be.");
+  }
+  return state;
+}
+
+}  // namespace
+
 std::vector<mx::array> fused_update(std::shared_ptr<const BucketPlan> plan, StepInputs& in) {
+  StateLists lists(in.rule, in.settings);
+  std::vector<const mx::array*> arrays;
+  for (size_t k = 0; k < in.rule.num_states(); ++k) {
+    bool has_codes = in.state[k].at(plan->bucket).dtype() == mx::uint8;
+    size_t block_bytes = has_codes ? traits_of(Storage::SignedCodes).block_bytes : 0;
+    arrays.push_back(&checked(*plan, in.state[k], block_bytes));
+  }
+  Storage p_storage = parameter_storage(plan->dtype, in.settings.rounding);
+  if (size_t bytes = traits_of(p_storage).rest_bytes) {
+    arrays.push_back(&checked(*plan, in.state[lists.rests], bytes));
+  }
+  for (size_t list = lists.ema; list < lists.count; ++list) {
+    arrays.push_back(&checked(*plan, in.state[list], 0));
+  }
   std::vector<mx::Shape> shapes{plan->p_shape()};
   std::vector<mx::Dtype> dtypes{plan->dtype};
-  const Segment& last = plan->segments.back();
-  size_t end = last.state_offset + last.size;
-  size_t rest_bytes = traits_of(parameter_storage(plan->dtype, in.rounding)).rest_bytes;
-  for (size_t k = 0; k < in.rule.num_states() + (rest_bytes > 0); ++k) {
-    const mx::array& state = in.state[k].at(plan->bucket);
-    bool is_rest = k == in.rule.num_states();
-    bool fits = state.size() >= end;
-    if (is_rest || state.dtype() == mx::uint8) {
-      size_t block_bytes = is_rest ? rest_bytes : traits_of(Storage::SignedCodes).block_bytes;
-      size_t blocks = (end + kBlock - 1) / kBlock;
-      fits = state.dtype() == mx::uint8 && state.ndim() == 2 &&
-             static_cast<size_t>(state.shape(1)) == block_bytes &&
-             static_cast<size_t>(state.shape(0)) >= blocks;
-    } else {
-      storage_of(state.dtype());
+  if (in.settings.pass.is_accumulation) {
+    shapes = {arrays.back()->shape()};
+    dtypes = {arrays.back()->dtype()};
+  } else {
+    for (const mx::array* array : arrays) {
+      shapes.push_back(array->shape());
+      dtypes.push_back(array->dtype());
     }
-    if (!fits) {
-      throw std::invalid_argument(
-          "[step] a state array has too few elements, or is not in blocks as it should be.");
-    }
-    shapes.push_back(state.shape());
-    dtypes.push_back(state.dtype());
   }
   auto node = std::make_shared<FusedUpdate>(std::move(plan), in, shapes);
   return mx::array::make_arrays(std::move(shapes), dtypes, node, node->operands().take_inputs());
@@ -140,9 +167,9 @@ FusedUpdate::FusedUpdate(
     : UpdatePrimitive(in.stream, std::move(shapes)),
       plan_(std::move(plan)),
       rule_(in.rule),
-      schedule_(in.schedule),
-      p_storage_(parameter_storage(plan_->dtype, in.rounding)),
-      seed_(in.seed),
+      is_accumulation_(in.settings.pass.is_accumulation != 0),
+      p_storage_(parameter_storage(plan_->dtype, in.settings.rounding)),
+      has_norm_(in.settings.pass.has_norm != 0),
       operands_(holds_operands(in.stream.device) && !is_tracing()) {
   auto take = [this](std::vector<mx::array>& given, size_t room) {
     std::vector<mx::array> leaves;
@@ -156,7 +183,8 @@ FusedUpdate::FusedUpdate(
   auto add = [this](Operand operand, std::vector<mx::array>& leaves) -> std::optional<Home> {
     bool is_available = std::all_of(
         leaves.begin(), leaves.end(), [](const mx::array& leaf) { return leaf.is_available(); });
-    if (is_available && !is_tracing()) {
+    // Where parameters lie as the state does, only they are flat.
+    if (is_available && !is_tracing() && !is_accumulation_) {
       Home home(*plan_, leaves.data(), /* must_have_all */ true);
       if (home.has_all()) {
         operands_.add(operand, home.flat());
@@ -166,23 +194,36 @@ FusedUpdate::FusedUpdate(
     operands_.add(operand, std::exchange(leaves, {}), is_available);
     return {};
   };
-  // These first, since their list becomes that of the operands, with room for the others.
-  std::vector<mx::array> gradients = take(in.gradients, num_state_arrays() + 3);
-  has_flat_gradients_ = add(Operand::gradients, gradients).has_value();
-  leaves_ = take(in.parameters, 0);
-  home_ = add(Operand::parameters, leaves_);
-  for (size_t k = 0; k < num_state_arrays(); ++k) {
-    operands_.add(state_operand(k), std::move(in.state[k][plan_->bucket]));
+  StateLists lists(rule_, in.settings);
+  auto add_state = [&](size_t list) {
+    operands_.add(state_operand(num_state_arrays_), std::move(in.state[list][plan_->bucket]));
+    return num_state_arrays_++;
+  };
+  if (!in.gradients.empty()) {
+    // These first, since their list becomes that of the operands, with room for the others.
+    std::vector<mx::array> gradients = take(in.gradients, kMaxStateArrays + 2);
+    has_flat_gradients_ = add(Operand::gradients, gradients).has_value();
   }
-  if (in.constants) {
-    operands_.add(Operand::constants, *in.constants);
+  operands_.add(Operand::constants, *in.constants);
+  if (is_accumulation_) {
+    const mx::array& sum = in.state[lists.accumulated][plan_->bucket];
+    p_storage_ = chance_storage(sum.dtype());
+    operands_.add(Operand::parameters, std::move(in.state[lists.accumulated][plan_->bucket]));
     return;
   }
-  if (in.reads_step) {
-    operands_.add(Operand::step, in.step);
+  leaves_ = take(in.parameters, 0);
+  home_ = add(Operand::parameters, leaves_);
+  for (size_t k = 0; k < num_states(); ++k) {
+    add_state(k);
   }
-  if (!schedule_) {
-    operands_.add(Operand::learning_rate, *in.learning_rate);
+  if (traits_of(p_storage_).rest_bytes > 0) {
+    rests_ = add_state(lists.rests);
+  }
+  if (lists.ema < lists.accumulated) {
+    ema_ = add_state(lists.ema);
+  }
+  if (lists.accumulated < lists.count) {
+    accumulated_ = add_state(lists.accumulated);
   }
 }
 
@@ -190,23 +231,42 @@ bool FusedUpdate::place_outputs(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs,
     const std::function<void()>& settle) {
+  if (is_accumulation_) {
+    return place_state(Operand::parameters, inputs, outputs, 0, settle);
+  }
   bool in_place = place_parameters(inputs, outputs, settle);
-  bool is_on_gpu = !holds_operands(stream().device);
   for (size_t k = 0; k < num_state_arrays(); ++k) {
-    const mx::array& in = *operands_.get(state_operand(k), inputs);
-    mx::array& out = outputs[1 + k];
-    long uses = own_uses(state_operand(k), outputs);
-    // Nobody but this update holds the array, and nothing but the array its memory.
-    if (is_whole(in) && descriptor_uses(in) == uses &&
-        (memory_uses(in) == 1 || (is_on_gpu && is_let_go_soon(in)))) {
-      share(in, out);
-      ++state_written.in_place;
-    } else {
-      allocate(out);
-      ++state_written.fresh;
-    }
+    // Gradients may have been added just before, and read for their norm.
+    bool is_queued = k == accumulated_;
+    place_state(state_operand(k), inputs, outputs, 1 + k, is_queued ? settle : [] {});
   }
   return in_place;
+}
+
+bool FusedUpdate::place_state(
+    Operand operand,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs,
+    size_t output,
+    const std::function<void()>& settle) {
+  const mx::array& in = *operands_.get(operand, inputs);
+  // Nobody but this update holds the array, and nothing but the array its memory.
+  bool is_ours = is_whole(in) && descriptor_uses(in) == own_uses(operand, outputs);
+  bool is_on_gpu = !holds_operands(stream().device);
+  if (is_ours && memory_uses(in) > 1) {
+    settle();
+  }
+  // What this evaluation has made or reads is held until it has run: waiting would be in vain.
+  bool is_read = has_norm_ && accumulated_ && operand == state_operand(*accumulated_);
+  bool may_wait = is_on_gpu && in.is_available() && !is_read;
+  if (is_ours && (memory_uses(in) == 1 || (may_wait && is_let_go_soon(in)))) {
+    share(in, outputs[output]);
+    ++state_written.in_place;
+    return true;
+  }
+  allocate(outputs[output]);
+  ++state_written.fresh;
+  return false;
 }
 
 bool FusedUpdate::place_parameters(

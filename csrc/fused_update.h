@@ -1,6 +1,7 @@
 // The primitive that updates one bucket: every parameter in it and their state, in one pass.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <map>
 #include <memory>
@@ -9,33 +10,51 @@
 #include <vector>
 
 #include "layout.h"
+#include "mlx/distributed/distributed.h"
 #include "operands.h"
 #include "plain_schedule.h"
 #include "update_primitive.h"
 
 namespace flatstep {
 
+// What a user sets for a step besides the rule.
+struct StepSettings {
+  PassSettings pass{};
+  Rounding rounding{Rounding::nearest};  // of half-precision parameters
+  bool has_ema{false};
+};
+
+// How many lists of state arrays a step has, and where among them those are that lie beside the
+// rule's.
+struct StateLists {
+  StateLists(const Rule& rule, const StepSettings& settings)
+      : rests(rule.num_states()),
+        ema(rests + (settings.rounding >= Rounding::keep_8_bits)),
+        accumulated(ema + settings.has_ema),
+        count(accumulated + (settings.pass.accumulate_steps > 0)) {
+  }
+
+  size_t rests;
+  size_t ema;
+  size_t accumulated;
+  size_t count;
+};
+
 // What a step is given besides its layout. Parameters and gradients are in the order in which the
 // leaves were given, and may have any layout in memory; those of a bucket are moved from when it is
 // updated, and so is its state.
 struct StepInputs {
   Rule rule;
-  std::shared_ptr<const Schedule> schedule;  // or null, and
-  std::optional<mx::array> learning_rate;    // a float32 scalar
-  mx::array step;                            // a uint64 scalar: steps taken so far
+  std::shared_ptr<const Schedule> schedule;  // or null, and there is a learning rate
+  StepSettings settings;
+  std::array<std::optional<mx::array>, NUM_STEP_SCALARS> scalars;
   std::vector<mx::array> parameters;
-  std::vector<mx::array> gradients;
-  std::vector<std::vector<mx::array>> state;  // by number, then bucket
+  std::vector<mx::array> gradients;           // none where their sum is in the state
+  std::vector<std::vector<mx::array>> state;  // by list, then bucket
   mx::Stream stream;
-  Rounding rounding{Rounding::nearest};  // of half-precision parameters
-  uint32_t seed{0};                      // of what is rounded by chance
-  std::optional<mx::array> constants{};  // on a GPU, from Advance
-  bool reads_step{true};                 // what this step does depends on which it is
-
-  // How many lists of state arrays there are: what is kept of parameters follows the rule's.
-  size_t num_lists() const {
-    return rule.num_states() + (rounding >= Rounding::keep_8_bits);
-  }
+  Groups groups{};
+  std::optional<mx::distributed::Group> norm_group{};  // over which gradients are sharded
+  std::optional<mx::array> constants{};                // from Advance
 };
 
 // Adds the update of a bucket to the graph: the flat parameters, then the state. Throws
@@ -89,7 +108,8 @@ std::map<std::string, uint64_t> reuse_counters();
 class FusedUpdate : public UpdatePrimitive {
  public:
   // Takes what it needs from the inputs. The outputs, of these shapes, are the flat parameters,
-  // then the state.
+  // then the state. To accumulate, gradients are added to the sum of gradients, which takes the
+  // parameters' place.
   FusedUpdate(
       std::shared_ptr<const BucketPlan> plan, StepInputs& inputs, std::vector<mx::Shape> shapes);
 
@@ -104,18 +124,24 @@ class FusedUpdate : public UpdatePrimitive {
   const Rule& rule() const {
     return rule_;
   }
-  const std::shared_ptr<const Schedule>& schedule() const {
-    return schedule_;
-  }
   Operands& operands() {
     return operands_;
   }
   size_t num_states() const {
     return rule_.num_states();
   }
-  // With what lies beside the parameters.
+  // The rule's, then those of these that there are.
   size_t num_state_arrays() const {
-    return num_states() + (traits_of(p_storage_).rest_bytes > 0);
+    return num_state_arrays_;
+  }
+  const std::optional<size_t>& rests() const {
+    return rests_;
+  }
+  const std::optional<size_t>& ema() const {
+    return ema_;
+  }
+  const std::optional<size_t>& accumulated() const {
+    return accumulated_;
   }
   Storage p_storage() const {
     return p_storage_;
@@ -124,29 +150,36 @@ class FusedUpdate : public UpdatePrimitive {
   Storage state_storage(size_t k, const mx::array& state) const {
     return state.dtype() == mx::uint8 ? code_storage(rule_.has_sign(k)) : storage_of(state.dtype());
   }
-  uint32_t seed() const {
-    return seed_;
-  }
   size_t num_segments() const {
     return plan_->segments.size();
   }
   // Whether the parameters, or the gradients, are one flat array.
   bool has_flat_parameters() const {
-    return home_.has_value();
+    return home_.has_value() || is_accumulation_;
+  }
+  bool is_accumulation() const {
+    return is_accumulation_;
   }
   bool has_flat_gradients() const {
     return has_flat_gradients_;
   }
 
   // Gives each output its memory: that of the input it replaces where nobody else holds that,
-  // fresh memory otherwise. `settle` is called once where queued work may be what stands in the
-  // way of writing parameters in place. Returns whether they are.
+  // fresh memory otherwise. `settle` is called where queued work may be what stands in the way of
+  // writing parameters, or the sum of gradients, in place. Returns whether parameters are.
   bool place_outputs(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs,
       const std::function<void()>& settle);
 
  private:
+  // Whether an array of the state is written in place.
+  bool place_state(
+      Operand operand,
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs,
+      size_t output,
+      const std::function<void()>& settle);
   bool place_parameters(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs,
@@ -158,9 +191,11 @@ class FusedUpdate : public UpdatePrimitive {
 
   std::shared_ptr<const BucketPlan> plan_;
   Rule rule_;
-  std::shared_ptr<const Schedule> schedule_;
+  bool is_accumulation_;
   Storage p_storage_;
-  uint32_t seed_;
+  size_t num_state_arrays_{0};
+  std::optional<size_t> rests_, ema_, accumulated_;
+  bool has_norm_;  // of what is accumulated, which work that is queued still reads
   Operands operands_;
   // Of flat parameters: somebody may hold one of them.
   std::vector<mx::array> leaves_;

@@ -74,29 +74,32 @@ Layout::Layout(
 }
 
 std::shared_ptr<const BucketPlans> Layout::plan(
-    const std::vector<size_t>& given, bool recurs) const {
+    const std::vector<size_t>& given, bool recurs, const Groups& groups) const {
   std::lock_guard lock(mutex_);
   if (!recurs) {
     recurs = given.size() == leaves_.size() || given == last_given_;
     last_given_ = given;
   }
   for (const auto& cached : cache_) {
-    if (cached.recurs == recurs && cached.given == given) {
+    if (cached.recurs == recurs && cached.groups == groups && cached.given == given) {
       return cached.plans;
     }
   }
   if (cache_.size() == kCachedPlans) {
     cache_.erase(cache_.begin());
   }
-  auto plans = std::make_shared<const BucketPlans>(make_plans(given, recurs));
-  cache_.push_back({given, recurs, plans});
+  auto plans = std::make_shared<const BucketPlans>(make_plans(given, recurs, groups));
+  cache_.push_back({given, recurs, groups, plans});
   return plans;
 }
 
-BucketPlans Layout::make_plans(const std::vector<size_t>& given, bool recurs) const {
+BucketPlans Layout::make_plans(
+    const std::vector<size_t>& given, bool recurs, const Groups& groups) const {
   std::vector<size_t> position(leaves_.size(), kNone);
   for (size_t i = 0; i < given.size(); ++i) {
-    position.at(given[i]) = i;
+    if (given[i] != kFrozen) {
+      position.at(given[i]) = i;
+    }
   }
   BucketPlans plans;
   for (size_t b = 0; b < buckets_.size(); ++b) {
@@ -115,13 +118,19 @@ BucketPlans Layout::make_plans(const std::vector<size_t>& given, bool recurs) co
            plan.p_blocks * kBlock,
            leaf.offset,
            k,
-           leaf.group,
+           groups ? groups->at(index) : 0,
            leaf.name});
       plan.p_blocks += blocks_for(leaf.size);
     }
     if (plan.segments.empty()) {
       continue;
     }
+    auto of_state = std::make_shared<BucketPlan>(plan);
+    of_state->p_blocks = bucket.blocks;
+    for (Segment& s : of_state->segments) {
+      s.p_offset = s.state_offset;
+    }
+    plan.of_state = std::move(of_state);
     bool is_part = !plan.untouched.empty() && !recurs;
     std::vector<ViewSpec> views;
     for (const Segment& s : plan.segments) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -25,9 +26,8 @@ struct Leaf {
   mx::Dtype dtype;
   size_t size{0};
   size_t bucket{0};
-  size_t offset{0};   // in elements, in the bucket's flat arrays
-  uint32_t group{0};  // of parameters, which have hyperparameters in common
-  uint32_t name{0};   // a hash of the path: wherever the leaf lies, it is rounded alike
+  size_t offset{0};  // in elements, in the bucket's flat arrays
+  uint32_t name{0};  // a hash of the path: wherever the leaf lies, it is rounded alike
 };
 
 struct Bucket {
@@ -44,10 +44,16 @@ struct Segment {
   size_t size;
   size_t p_offset;
   size_t state_offset;
-  size_t leaf;  // its number in the bucket
-  uint32_t group;
+  size_t leaf;     // its number in the bucket
+  uint32_t group;  // of parameters, which have hyperparameters in common
   uint32_t name;
 };
+
+// The group of each leaf of a layout; null: 0 for all.
+using Groups = std::shared_ptr<const std::vector<uint32_t>>;
+
+// In place of a leaf's number: a step is given it, and leaves it as it is.
+inline constexpr size_t kFrozen = SIZE_MAX;
 
 struct Range {
   size_t begin;
@@ -64,6 +70,8 @@ struct BucketPlan {
   std::vector<Range> untouched{};   // state that this step leaves as it is
   ViewSpecs views{};                // the segments' parameters in the flat array that is written
   size_t p_blocks{0};
+  // For arrays that lie as the state does in place of parameters.
+  std::shared_ptr<const BucketPlan> of_state{};
 
   mx::Shape p_shape() const;
 };
@@ -89,19 +97,22 @@ class Layout {
   }
 
   // The plans for a step that brings gradients for these leaves, in the order given. The last few
-  // are kept, since a training loop asks for the same one at every step.
+  // are kept, since a training loop asks for the same one at every step. `groups` is told from
+  // others by its address.
   //
   // A leaf of a part of a bucket would keep the others of this part, although the next step may
   // bring other leaves: small leaves are then apart, unless the part `recurs` or is that of the
   // last call that did not say so.
-  std::shared_ptr<const BucketPlans> plan(const std::vector<size_t>& given, bool recurs) const;
+  std::shared_ptr<const BucketPlans> plan(
+      const std::vector<size_t>& given, bool recurs, const Groups& groups = nullptr) const;
 
  private:
-  BucketPlans make_plans(const std::vector<size_t>& given, bool recurs) const;
+  BucketPlans make_plans(const std::vector<size_t>& given, bool recurs, const Groups& groups) const;
 
   struct CachedPlan {
     std::vector<size_t> given;
     bool recurs;
+    Groups groups;
     std::shared_ptr<const BucketPlans> plans;
   };
 

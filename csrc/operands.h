@@ -18,12 +18,12 @@ namespace flatstep {
 
 // `parameters` and `gradients` are an array for each segment, or one flat array.
 enum class Operand : uint8_t {
-  step,           // uint64 scalar: steps taken so far
-  learning_rate,  // float32 scalar
-  constants,      // of each group, as Advance has written them: instead of these two on a GPU
+  constants,  // of each group, as Advance has written them
   parameters,
   gradients,
-  state,  // and those that follow, one flat array each
+  grad_scale,   // float32 scalar
+  accumulated,  // uint64 scalar: how many gradients are summed up
+  state,        // and those that follow, one flat array each
 };
 
 inline constexpr Operand state_operand(size_t k) {
@@ -72,7 +72,7 @@ class Operands {
   std::vector<mx::array>& place_next(Operand operand, bool is_available);
 
   bool may_hold_;
-  std::array<Place, static_cast<size_t>(Operand::state) + kMaxStates> places_{};
+  std::array<Place, static_cast<size_t>(Operand::state) + kMaxStateArrays> places_{};
   std::vector<mx::array> inputs_;
   std::shared_ptr<std::vector<mx::array>> held_{std::make_shared<std::vector<mx::array>>()};
 };

@@ -143,10 +143,29 @@ struct Lion {
   }
 };
 
+// Not a user's: gradients are added up, p being their sum.
+struct Accumulate {
+  enum { NUM_STATES = 0, UNSIGNED_STATES = 0, READS_STEP = 0 };
+  struct Hyperparameters {};
+  FLATSTEP_NAMES()
+
+  struct Constants {};
+
+  static Constants prepare(Hyperparameters, float, Step) {
+    return {};
+  }
+
+  static Element<0> update(Constants, Element<0> e, float g) {
+    e.p += g;
+    return e;
+  }
+};
+
 #define FLATSTEP_RULES(RULE) \
   RULE(Sgd, "sgd")           \
   RULE(Momentum, "momentum") \
   RULE(Adam, "adam")         \
-  RULE(Lion, "lion")
+  RULE(Lion, "lion")         \
+  RULE(Accumulate, "accumulate")
 
 }  // namespace flatstep

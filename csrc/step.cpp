@@ -2,30 +2,45 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "advance.h"
 #include "backend/backend.h"
-#include "backend/metal_arguments.h"
+#include "mlx/distributed/ops.h"
+#include "mlx/ops.h"
+#include "squared_norm.h"
 #include "view.h"
 
 namespace flatstep {
 
 namespace {
 
+constexpr mx::Dtype kScalarTypes[NUM_STEP_SCALARS] = {
+#define FLATSTEP_SCALAR(name, Type, dtype) mx::dtype,
+    FLATSTEP_STEP_SCALARS(FLATSTEP_SCALAR)
+#undef FLATSTEP_SCALAR
+};
+
 // Parameters and gradients are as the layout says.
 void check(const StepInputs& in) {
-  auto is_scalar = [](const mx::array& a, mx::Dtype dtype) {
-    return a.size() == 1 && a.dtype() == dtype;
-  };
-  if (!is_scalar(in.step, mx::uint64)) {
-    throw std::invalid_argument("[step] step should be a uint64 scalar.");
+  for (size_t k = 0; k < NUM_STEP_SCALARS; ++k) {
+    const auto& a = in.scalars[k];
+    size_t size = k == SCALAR_group_learning_rates ? in.rule.groups().size() - 1 : 1;
+    if (a && (a->size() != size || a->dtype() != kScalarTypes[k])) {
+      throw std::invalid_argument(
+          "[step] " + std::string(kScalarNames[k]) + " has another size or dtype.");
+    }
   }
-  if (!in.schedule && !(in.learning_rate && is_scalar(*in.learning_rate, mx::float32))) {
-    throw std::invalid_argument("[step] learning_rate should be a float32 scalar.");
+  bool needs_rate = !in.schedule && !in.settings.pass.is_accumulation;
+  bool needs_rates = in.rule.groups().size() > 1;
+  if (!in.scalars[SCALAR_step] || (needs_rate && !in.scalars[SCALAR_learning_rate]) ||
+      (needs_rates && !in.scalars[SCALAR_group_learning_rates]) ||
+      (in.settings.pass.accumulate_steps > 0 && !in.scalars[SCALAR_accumulated])) {
+    throw std::invalid_argument("[step] a scalar is missing.");
   }
-  if (in.state.size() != in.num_lists()) {
+  if (in.state.size() != StateLists(in.rule, in.settings).count) {
     throw std::invalid_argument(
-        "[step] state should have a list for each that the rule and the rounding have.");
+        "[step] state should have a list for each that the rule and the settings have.");
   }
 }
 
@@ -35,57 +50,132 @@ bool depends_on_step(const StepInputs& in) {
     return std::any_of(
         buckets.begin(), buckets.end(), [](const auto& a) { return a.dtype() == mx::uint8; });
   };
-  return in.schedule || in.rule.traits().reads_step || in.rounding != Rounding::nearest ||
-         std::any_of(in.state.begin(), in.state.begin() + in.rule.num_states(), has_codes);
+  const PassSettings& pass = in.settings.pass;
+  return in.schedule || in.rule.traits().reads_step || in.settings.rounding != Rounding::nearest ||
+         in.rule.groups().size() > 1 || in.settings.has_ema || pass.accumulate_steps > 0 ||
+         pass.has_norm != 0 || std::any_of(in.state.begin(), in.state.end(), has_codes);
 }
 
-// The outputs of an Advance of this step.
-std::vector<mx::array> advance(const StepInputs& in, const mx::array& step) {
-  std::vector<mx::array> inputs{step};
-  std::vector<mx::Shape> shapes{{}};
-  std::vector<mx::Dtype> dtypes{mx::uint64};
-  if (in.schedule) {
-    shapes.push_back({});
-    dtypes.push_back(mx::float32);
+// Moves on what a step leaves besides arrays of elements, and makes the constants.
+void advance(StepInputs& in) {
+  Advance::Places written;
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  auto write = [&](StepScalar scalar, bool is_written) {
+    if (is_written) {
+      written[scalar] = static_cast<uint8_t>(shapes.size());
+      int count = static_cast<int>(in.rule.groups().size()) - 1;
+      shapes.push_back(scalar == SCALAR_group_learning_rates ? mx::Shape{count} : mx::Shape{});
+      dtypes.push_back(kScalarTypes[scalar]);
+    }
+  };
+  bool is_step = !in.settings.pass.is_accumulation;
+  if (auto& rates = in.scalars[SCALAR_group_learning_rates]) {
+    bool is_known = rates->is_available() && rates->flags().row_contiguous;
+    rates = is_known ? *rates : mx::contiguous(*rates, false, in.stream);
   }
-  if (!holds_operands(in.stream.device)) {
-    auto groups = static_cast<mx::ShapeElem>(in.rule.groups().size());
-    shapes.push_back({groups, FLATSTEP_GROUP_WORDS});
-    dtypes.push_back(mx::uint32);
-    if (!in.schedule) {
-      inputs.push_back(*in.learning_rate);
+  auto is_there = [&](StepScalar scalar) { return in.scalars[scalar].has_value(); };
+  write(SCALAR_step, is_step);
+  write(SCALAR_learning_rate, is_step && in.schedule);
+  write(SCALAR_group_learning_rates, is_there(SCALAR_group_learning_rates));
+  write(SCALAR_grad_norm, is_step && is_there(SCALAR_grad_norm));
+  write(SCALAR_skipped_steps, is_step && is_there(SCALAR_skipped_steps));
+  write(SCALAR_accumulated, is_there(SCALAR_accumulated));
+  shapes.push_back({static_cast<int>(in.rule.groups().size()), FLATSTEP_GROUP_WORDS});
+  dtypes.push_back(mx::uint32);
+  auto made = [&](const mx::array& step) {
+    std::vector<mx::array> inputs;
+    for (size_t k = 0; k < NUM_STEP_SCALARS; ++k) {
+      if (in.scalars[k]) {
+        inputs.push_back(k == SCALAR_step ? step : *in.scalars[k]);
+      }
+    }
+    auto node = std::make_shared<Advance>(in, written, shapes);
+    return mx::array::make_arrays(shapes, dtypes, node, inputs);
+  };
+  auto next = made(*in.scalars[SCALAR_step]);
+  // Where a compiled function does not return its state, there is no step to read at a replay.
+  in.constants =
+      depends_on_step(in) || !is_tracing() ? next.back() : made(mx::array(uint64_t{0})).back();
+  for (size_t k = 0; k < NUM_STEP_SCALARS; ++k) {
+    if (written[k]) {
+      in.scalars[k] = next[*written[k]];
     }
   }
-  auto node = std::make_shared<Advance>(in, shapes);
-  return mx::array::make_arrays(std::move(shapes), dtypes, node, inputs);
 }
 
 }  // namespace
 
+const char* const kScalarNames[NUM_STEP_SCALARS] = {
+#define FLATSTEP_SCALAR(name, Type, dtype) #name,
+    FLATSTEP_STEP_SCALARS(FLATSTEP_SCALAR)
+#undef FLATSTEP_SCALAR
+};
+
+Advance::Advance(const StepInputs& in, const Places& written, std::vector<mx::Shape> shapes)
+    : UpdatePrimitive(in.stream, std::move(shapes)),
+      schedule_(in.schedule),
+      rule_(in.rule),
+      settings_(in.settings.pass),
+      written_(written) {
+  uint8_t count = 0;
+  for (size_t k = 0; k < NUM_STEP_SCALARS; ++k) {
+    if (in.scalars[k]) {
+      read_[k] = count++;
+    }
+  }
+}
+
 StepInputs update_leaves(const Layout& layout, const std::vector<size_t>& leaves, StepInputs in) {
   require_backend(in.stream.device);
   check(in);
-  in.reads_step = depends_on_step(in);
-  auto next = advance(in, in.step);
-  if (!holds_operands(in.stream.device)) {
-    // Where a compiled function does not return its state, there is no step to read at a replay.
-    in.constants =
-        in.reads_step || !is_tracing() ? next.back() : advance(in, mx::array(uint64_t{0})).back();
-  }
   // A trace is replayed with the same leaves.
-  auto plans = layout.plan(leaves, /* recurs */ is_tracing());
+  auto plans = layout.plan(leaves, /* recurs */ is_tracing(), in.groups);
+  if (in.settings.pass.has_norm) {
+    mx::array sum = sum_of_squares(*plans, in);
+    in.scalars[SCALAR_sum_of_squares] =
+        in.norm_group ? mx::distributed::all_sum(sum, in.norm_group, in.stream) : sum;
+  }
+  advance(in);
+  StateLists lists(in.rule, in.settings);
+  // A step leaves no sum behind, of what it is not given neither.
+  auto drop_sums = [&](size_t bucket) {
+    mx::array& sum = in.state[lists.accumulated][bucket];
+    mx::array is_step =
+        mx::equal(*in.scalars[SCALAR_accumulated], mx::array(uint64_t{0}), in.stream);
+    sum = mx::where(is_step, mx::zeros({1}, sum.dtype(), in.stream), sum, in.stream);
+  };
+  if (lists.accumulated < lists.count && !in.settings.pass.is_accumulation) {
+    for (size_t bucket = 0, next = 0; bucket < layout.buckets().size(); ++bucket) {
+      bool is_planned = next < plans->size() && (*plans)[next]->bucket == bucket;
+      next += is_planned;
+      if (!is_planned) {
+        drop_sums(bucket);
+      }
+    }
+  }
   for (const auto& plan : *plans) {
+    if (in.settings.pass.is_accumulation) {
+      auto out = fused_update(plan->of_state, in);
+      in.state[lists.accumulated][plan->bucket] = std::move(out[0]);
+      continue;
+    }
+    bool has_rests = traits_of(parameter_storage(plan->dtype, in.settings.rounding)).rest_bytes > 0;
+    bool is_part = !plan->untouched.empty();
     auto out = fused_update(plan, in);
-    for (size_t k = 0; k + 1 < out.size(); ++k) {
-      in.state[k][plan->bucket] = std::move(out[1 + k]);
+    for (size_t list = 0, k = 1; list < lists.count; ++list) {
+      if (list != lists.rests || lists.rests == lists.ema || has_rests) {
+        in.state[list][plan->bucket] = std::move(out[k++]);
+      }
+    }
+    if (is_part && lists.accumulated < lists.count) {
+      drop_sums(plan->bucket);
     }
     auto updated = views(out[0], plan->views, in.stream);
     for (size_t i = 0; i < updated.size(); ++i) {
       in.parameters[plan->segments[i].position] = std::move(updated[i]);
     }
   }
-  in.step = std::move(next[0]);
-  in.learning_rate = in.schedule ? std::optional(std::move(next[1])) : std::nullopt;
   return in;
 }
 

@@ -7,8 +7,11 @@
 
 namespace flatstep {
 
+// The names of what a step reads and changes besides arrays of elements.
+extern const char* const kScalarNames[NUM_STEP_SCALARS];
+
 // The state has the layout's flat arrays; buckets without a gradient keep theirs. Returns what the
-// next step is given; its learning rate only with a schedule.
+// next step is given. A leaf that is kFrozen stays as it is.
 StepInputs update_leaves(const Layout& layout, const std::vector<size_t>& leaves, StepInputs in);
 
 // Whether the given leaves lie in their buckets' buffers as a step leaves them. They must have been

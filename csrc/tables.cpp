@@ -14,14 +14,14 @@ namespace flatstep {
 namespace {
 
 template <typename R>
-void prepare(const Hyperparameters& h, float learning_rate, Step step, Constants& out) {
+void prepare(const Hyperparameters& h, float learning_rate, Step step, uint32_t* words) {
   static_assert(sizeof(typename R::Hyperparameters) <= sizeof(Hyperparameters));
-  static_assert(sizeof(typename R::Constants) <= sizeof(Constants));
-  static_assert(R::NUM_STATES < kMaxStates);
+  static_assert(sizeof(typename R::Constants) <= FLATSTEP_RULE_WORDS * sizeof(uint32_t));
+  static_assert(R::NUM_STATES <= kMaxStates);
   typename R::Hyperparameters own;
   std::memcpy(&own, h.data(), sizeof(own));
   auto constants = R::prepare(own, learning_rate, step);
-  std::memcpy(&out, &constants, sizeof(constants));
+  std::memcpy(words, &constants, sizeof(constants));
 }
 
 // A number whose logarithm is only asked for where it lies in [0, 1).
@@ -60,6 +60,10 @@ Storage parameter_storage(mx::Dtype dtype, Rounding rounding) {
   return plain;
 }
 
+Storage chance_storage(mx::Dtype dtype) {
+  return parameter_storage(dtype, Rounding::stochastic);
+}
+
 const RuleTraits kRules[kNumRules] = {
 #define FLATSTEP_ROW(R, name) \
   {name, #R, R::NAMES, R::NUM_STATES, R::UNSIGNED_STATES, R::READS_STEP != 0, prepare<R>},
@@ -75,9 +79,26 @@ Rule::Rule(const std::string& name, const std::map<std::string, double>& values)
     throw std::invalid_argument("[Rule] there is no rule named " + name + ".");
   }
   index_ = found - kRules;
+  groups_ = std::make_shared<const std::vector<ParameterGroup>>(1, ParameterGroup{numbers(values)});
+}
+
+Rule Rule::with_group(
+    const std::map<std::string, double>& values,
+    RateSource source,
+    float scale,
+    std::shared_ptr<const Schedule> schedule) const {
+  auto groups = *groups_;
+  groups.push_back({numbers(values), source, scale, std::move(schedule)});
+  Rule result = *this;
+  result.groups_ = std::make_shared<const std::vector<ParameterGroup>>(std::move(groups));
+  return result;
+}
+
+Hyperparameters Rule::numbers(const std::map<std::string, double>& values) const {
+  const std::string name = traits().name;
   Hyperparameters group{};
   size_t count = 0;
-  for (std::string names = found->names; !names.empty(); ++count) {
+  for (std::string names = traits().names; !names.empty(); ++count) {
     std::string next = names.substr(0, names.find(", "));
     names.erase(0, next.size() + 2);
     auto value = values.find(next);
@@ -87,9 +108,9 @@ Rule::Rule(const std::string& name, const std::map<std::string, double>& values)
     group.at(count) = number(value->second);
   }
   if (count != values.size()) {
-    throw std::invalid_argument("[Rule] " + name + " takes " + found->names + " and no more.");
+    throw std::invalid_argument("[Rule] " + name + " takes " + traits().names + " and no more.");
   }
-  groups_ = std::make_shared<const std::vector<Hyperparameters>>(1, group);
+  return group;
 }
 
 }  // namespace flatstep

@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "mlx/dtype.h"
+#include "pass.h"
 #include "rules.h"
+#include "schedule.h"
 #include "storage.h"
 
 namespace flatstep {
@@ -116,16 +118,18 @@ inline Storage code_storage(bool has_sign) {
   return has_sign ? Storage::SignedCodes : Storage::UnsignedCodes;
 }
 
+// Of what adds up over steps: rounded by chance where bits are few.
+Storage chance_storage(mx::Dtype dtype);
+
 // ---- Rules ----
 
-// Of state arrays: a rule's, and what lies beside parameters.
-inline constexpr size_t kMaxStates = 4;
+// Of a rule's state arrays.
+inline constexpr size_t kMaxStates = 3;
+// With what lies beside parameters, their average, and the sum of gradients.
+inline constexpr size_t kMaxStateArrays = kMaxStates + 3;
 inline constexpr size_t kMaxHyperparameters = 8;
 
 using Hyperparameters = std::array<Number, kMaxHyperparameters>;
-struct alignas(16) Constants {
-  std::byte bytes[64];
-};
 
 struct RuleTraits {
   const char* name;
@@ -134,7 +138,8 @@ struct RuleTraits {
   size_t num_states;
   uint32_t unsigned_states;  // a bit for each
   bool reads_step;
-  void (*prepare)(const Hyperparameters& h, float learning_rate, Step step, Constants& out);
+  // Writes FLATSTEP_RULE_WORDS words at most.
+  void (*prepare)(const Hyperparameters& h, float learning_rate, Step step, uint32_t* words);
 };
 
 inline constexpr size_t kNumRules = 0
@@ -144,11 +149,26 @@ inline constexpr size_t kNumRules = 0
     ;
 extern const RuleTraits kRules[kNumRules];
 
+// A group of parameters: what a user has set for it.
+struct ParameterGroup {
+  Hyperparameters hyperparameters{};
+  RateSource source{RATE_OF_ALL};
+  float scale{1.0f};
+  std::shared_ptr<const Schedule> schedule{};
+};
+
 // A rule with what a user has set, for each group of parameters.
 class Rule {
  public:
   // One group. Throws std::invalid_argument for a name that is not there or one too many.
   Rule(const std::string& name, const std::map<std::string, double>& values);
+
+  // The same with one more group.
+  Rule with_group(
+      const std::map<std::string, double>& values,
+      RateSource source,
+      float scale,
+      std::shared_ptr<const Schedule> schedule) const;
 
   const RuleTraits& traits() const {
     return kRules[index_];
@@ -164,13 +184,16 @@ class Rule {
   bool has_sign(size_t k) const {
     return (traits().unsigned_states >> k & 1) == 0;
   }
-  const std::vector<Hyperparameters>& groups() const {
+  const std::vector<ParameterGroup>& groups() const {
     return *groups_;
   }
 
  private:
+  // Of the hyperparameters that this rule has.
+  Hyperparameters numbers(const std::map<std::string, double>& values) const;
+
   size_t index_{0};
-  std::shared_ptr<const std::vector<Hyperparameters>> groups_;
+  std::shared_ptr<const std::vector<ParameterGroup>> groups_;
 };
 
 }  // namespace flatstep

@@ -145,7 +145,8 @@ std::string str(mx::Dtype dtype) {
 
 class Collector {
  public:
-  explicit Collector(const Layout& layout) : layout_(layout), array_type_(nb::type<mx::array>()) {
+  Collector(const Layout& layout, bool has_parameters)
+      : layout_(layout), array_type_(nb::type<mx::array>()), has_parameters_(has_parameters) {
     result.leaves.reserve(layout.leaves().size());
     result.parameters.reserve(layout.leaves().size());
     result.gradients.reserve(layout.leaves().size());
@@ -191,6 +192,10 @@ class Collector {
   }
 
   void visit_leaf(nb::handle skeleton, nb::handle gradient, nb::handle parameter) {
+    if (!has_parameters_) {
+      visit_gradient(skeleton, gradient);
+      return;
+    }
     if (!parameter.is_valid()) {
       walk_.fail("there is a gradient but no parameter of this name");
     }
@@ -202,16 +207,7 @@ class Collector {
     if (!is_supported(p.dtype())) {
       refuse_dtype("parameter", p.dtype());
     }
-    if (!skeleton.is_valid() ||
-        (PyDict_Check(skeleton.ptr()) && PyDict_GET_SIZE(skeleton.ptr()) == 0)) {
-      walk_.fail(
-          "there is no optimizer state for this parameter; call "
-          "optimizer.init(model.trainable_parameters()) after adding parameters");
-    }
-    if (!PyLong_Check(skeleton.ptr())) {
-      walk_.fail("the optimizer was initialised with a subtree here, not with an array");
-    }
-    size_t index = PyLong_AsSize_t(skeleton.ptr());
+    size_t index = number_of(skeleton);
     const Leaf& leaf = layout_.leaves().at(index);
     if (g.shape() != p.shape()) {
       walk_.fail("gradient " + str(g.shape()) + " does not match parameter " + str(p.shape()));
@@ -239,6 +235,34 @@ class Collector {
     result.gradients.push_back(g);
   }
 
+  void visit_gradient(nb::handle skeleton, nb::handle gradient) {
+    size_t index = number_of(skeleton);
+    const Leaf& leaf = layout_.leaves().at(index);
+    const auto& g = *nb::inst_ptr<mx::array>(gradient);
+    if (g.shape() != leaf.shape) {
+      walk_.fail("gradient " + str(g.shape()) + " does not match parameter " + str(leaf.shape));
+    }
+    if (!is_supported(g.dtype())) {
+      refuse_dtype("gradient", g.dtype());
+    }
+    result.leaves.push_back(index);
+    result.gradients.push_back(g);
+  }
+
+  // Of a leaf in the layout.
+  size_t number_of(nb::handle skeleton) {
+    if (!skeleton.is_valid() ||
+        (PyDict_Check(skeleton.ptr()) && PyDict_GET_SIZE(skeleton.ptr()) == 0)) {
+      walk_.fail(
+          "there is no optimizer state for this parameter; call "
+          "optimizer.init(model.trainable_parameters()) after adding parameters");
+    }
+    if (!PyLong_Check(skeleton.ptr())) {
+      walk_.fail("the optimizer was initialised with a subtree here, not with an array");
+    }
+    return PyLong_AsSize_t(skeleton.ptr());
+  }
+
   [[noreturn]] void refuse_type(const char* what, nb::handle found) {
     walk_.fail_type(
         std::string("a ") + what + " should be an mlx.core.array, found " +
@@ -253,6 +277,7 @@ class Collector {
 
   const Layout& layout_;
   nb::handle array_type_;
+  bool has_parameters_;
   Walk walk_;
   std::vector<Others> others_;
 };
@@ -279,7 +304,7 @@ nb::object as_type_of(nb::handle container, nb::object made) {
 
 GivenLeaves collect_leaves(
     const Layout& layout, nb::handle skeleton, nb::handle gradients, nb::handle parameters) {
-  Collector collector(layout);
+  Collector collector(layout, parameters.is_valid());
   collector.collect(nb::borrow(skeleton), gradients, nb::borrow(parameters));
   return std::move(collector.result);
 }

@@ -26,7 +26,8 @@ struct GivenLeaves {
   bool dtype_changed{false};  // a parameter's dtype is not the one that the layout was made for
 };
 
-// Pairs gradients with their parameters and their numbers. Throws std::invalid_argument or
+// Pairs gradients with their parameters and their numbers; without `parameters` they are by
+// themselves. Throws std::invalid_argument or
 // nb::type_error naming the path of what does not fit.
 GivenLeaves collect_leaves(
     const Layout& layout, nb::handle skeleton, nb::handle gradients, nb::handle parameters);

@@ -135,6 +135,43 @@ struct StateRun<Codes<HAS_SIGN>> {
   }
 };
 
+// ---- The average of the parameters, if there is one, and the sum of their gradients. ----
+
+// In place of a storage.
+struct Absent {};
+
+template <typename E>
+struct Average {
+  static void update(device char* ema, Place place, Run p, PassConstants pass, RoundingKey key) {
+    if (pass.ema_weight == 0.0f) {
+      return;
+    }
+    Run average = StateRun<E>::load(ema, place);
+    FLATSTEP_UNROLL
+    for (uint k = 0; k < FLATSTEP_RUN; ++k) {
+      average.at[k] = averaged(pass, average.at[k], p.at[k]);
+    }
+    StateRun<E>::store(ema, place, average, key);
+  }
+};
+
+template <>
+struct Average<Absent> {
+  static void update(device char*, Place, Run, PassConstants, RoundingKey) {
+  }
+};
+
+#define FLATSTEP_CLEAR_RUN(Type, dtype)                                    \
+  case STORAGE_##Type: {                                                   \
+    device Type::Stored* to = (device Type::Stored*)sum;                   \
+    vec<Type::Stored, FLATSTEP_RUN> zeros = {};                            \
+    store_values(to + place.state_at, zeros, place.count, place.is_whole); \
+  } break;
+
+FLATSTEP_FN void clear_run(device char* sum, uint storage, Place place) {
+  switch (StorageNumber(storage)) { FLATSTEP_STORAGES(FLATSTEP_CLEAR_RUN) }
+}
+
 // ---- Parameters: in one part, and in two. ----
 
 template <typename P>

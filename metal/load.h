@@ -37,6 +37,11 @@ struct Run {
   float at[FLATSTEP_RUN];
 };
 
+// Where a run starts, of those that a threadgroup has of a segment.
+FLATSTEP_FN uint64_t start_of_run(uint group, uint num_runs, uint run) {
+  return (uint64_t(group) * num_runs + run) * FLATSTEP_RUN;
+}
+
 // All of a run at once, where `is_whole`: it has all its elements, and starts where a vector may.
 template <typename T>
 FLATSTEP_FN vec<T, FLATSTEP_RUN> load_values(const device T* from, uint count, bool is_whole) {
@@ -95,6 +100,25 @@ FLATSTEP_FN void store_run(
 }
 
 // ---- The source: any storage, any layout. ----
+
+// clang-format off
+#define FLATSTEP_SOURCES(SOURCE)                                            \
+  SOURCE(0) SOURCE(1) SOURCE(2) SOURCE(3) SOURCE(4) SOURCE(5) SOURCE(6)     \
+  SOURCE(7) SOURCE(8) SOURCE(9) SOURCE(10) SOURCE(11) SOURCE(12) SOURCE(13) \
+  SOURCE(14) SOURCE(15) SOURCE(16) SOURCE(17) SOURCE(18)
+#define FLATSTEP_SOURCE(k) const device char* source##k [[buffer(FLATSTEP_FIRST_SOURCE + k)]],
+#define FLATSTEP_CHOOSE(k) case k: source = source##k; break;
+// clang-format on
+
+// The last segment whose first group is not beyond this one.
+FLATSTEP_FN constant SourceSegment& segment_of(
+    constant SourceSegment* segments, uint num_segments, uint group) {
+  uint number = 0;
+  for (uint s = 1; s < num_segments; ++s) {
+    number = segments[s].first_group <= group ? s : number;
+  }
+  return segments[number];
+}
 
 #define FLATSTEP_NUMBER(Type, dtype) STORAGE_##Type,
 enum StorageNumber { FLATSTEP_STORAGES(FLATSTEP_NUMBER) };

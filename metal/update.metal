@@ -1,4 +1,5 @@
-// One step for some leaves of a bucket: load, call the rule, store.
+// One step for some leaves of a bucket: load, call the rule, store. Or their gradients are added to
+// those before, by the rule that does so.
 //
 // Parameters and state are flat; gradients are flat as well, or lie wherever the backward pass left
 // them, each in a buffer of its own. A threadgroup works on one segment.
@@ -17,7 +18,15 @@ struct Copy {
   }
 };
 
-// ---- A threadgroup's part of a segment: of a rule, and of the storages of p and state. ----
+// ---- A threadgroup's part of a segment: of a rule, and of the storages of p, state, average. ----
+
+// Whether gradients are used otherwise than as they are. By the bits of 1 and of infinity: a
+// compiler that knows of no NaN would lose one where it is clipped by what it takes to be finite.
+FLATSTEP_FN bool changes_gradients(constant PassConstants* pass) {
+  return *(constant uint*)&pass->grad_scale != 0x3f800000u ||
+         *(constant uint*)&pass->clip_value != 0x7f800000u ||
+         *(constant uint*)&pass->clip_factor != 0x3f800000u;
+}
 
 #define FLATSTEP_LOAD_STATE(k)                        \
   if (R::NUM_STATES > k) {                            \
@@ -28,39 +37,36 @@ struct Copy {
     StateRun<S##k>::store(state##k, place, state[k], key_of(1 + k, first)); \
   }
 
-template <typename R, typename P, typename S0, typename S1, typename S2, typename S3>
+template <typename R, typename P, typename S0, typename S1, typename S2, typename E>
 struct Work {
   const device typename P::Stored* p_in;
   device typename P::Stored* p_out;
   device char* state0;
   device char* state1;
   device char* state2;
-  device char* state3;
+  device char* rests;  // what lies beside the parameters
+  device char* ema;
+  device char* accumulated;
   const device char* source;
   constant SourceSegment* segment;
   constant SourceDimension* dimensions;
   typename R::Constants constants;
-  uint step;
-  uint starts[5];  // of the keys of p and of the state
-  uint group;      // of threads, among those of the segment
+  PassConstants pass;
+  bool is_in_place;  // as parameters are
+  bool changes_gradients;
+  bool clears_sums;  // the gradients' own, which are the source
+  uint starts[FLATSTEP_NUM_KEYS];
+  uint group;  // of threads, among those of the segment
   uint passes;
   uint thread_index;
   uint num_threads;
 
-  // Of an element of p, number 0, or of a state.
+  // Of an element of p, number 0, of a state or of the average.
   RoundingKey key_of(uint array, uint64_t element) const {
-    return rounding_key(starts[array], step, element);
+    return rounding_key(starts[array], pass.tick, element);
   }
 
-  // What lies beside the parameters: the buffer after the rule's.
-  device char* rests() const {
-    return R::NUM_STATES == 0   ? state0
-           : R::NUM_STATES == 1 ? state1
-           : R::NUM_STATES == 2 ? state2
-                                : state3;
-  }
-
-  void update_run(uint64_t first, uint count, bool has_block, Run g) const {
+  Place place_of(uint64_t first, uint count, bool has_block) const {
     Place place = {};
     place.p_at = segment->p_offset + first;
     place.state_at = segment->state_offset + first;
@@ -70,12 +76,22 @@ struct Work {
     uint lane = thread_index % FLATSTEP_SIMD_WIDTH;
     place.in_block = lane % FLATSTEP_BLOCK_LANES * FLATSTEP_RUN;
     place.first_lane = ushort(lane - lane % FLATSTEP_BLOCK_LANES);
-    Run p = ParameterRun<P>::load(p_in, rests(), place);
-    Run state[4] = {};
+    return place;
+  }
+
+  void update_run(uint64_t first, uint count, bool has_block, Run g) const {
+    Place place = place_of(first, count, has_block);
+    if (changes_gradients) {
+      FLATSTEP_UNROLL
+      for (uint i = 0; i < FLATSTEP_RUN; ++i) {
+        g.at[i] = used_gradient(pass, g.at[i]);
+      }
+    }
+    Run p = ParameterRun<P>::load(p_in, rests, place);
+    Run state[3] = {};
     FLATSTEP_LOAD_STATE(0)
     FLATSTEP_LOAD_STATE(1)
     FLATSTEP_LOAD_STATE(2)
-    FLATSTEP_LOAD_STATE(3)
     FLATSTEP_UNROLL
     for (uint i = 0; i < FLATSTEP_RUN; ++i) {
       Element<R::NUM_STATES> e = {};
@@ -91,6 +107,7 @@ struct Work {
         state[k].at[i] = e.state[k];
       }
     }
+    Average<E>::update(ema, place, p, pass, key_of(FLATSTEP_EMA_KEY, first));
     if (count < FLATSTEP_RUN) {  // past the end of the leaf a block is zero, whatever the rule
       FLATSTEP_UNROLL
       for (uint i = 0; i < FLATSTEP_RUN; ++i) {
@@ -101,21 +118,47 @@ struct Work {
         }
       }
     }
-    ParameterRun<P>::store(p_out, rests(), place, p, key_of(0, first));
+    ParameterRun<P>::store(p_out, rests, place, p, key_of(0, first));
     FLATSTEP_STORE_STATE(0)
     FLATSTEP_STORE_STATE(1)
     FLATSTEP_STORE_STATE(2)
-    FLATSTEP_STORE_STATE(3)
+    if (clears_sums) {
+      clear_run(accumulated, segment->storage, place);
+    }
+  }
+
+  // A step that is not taken: parameters stay as they are, bit for bit, and so does the state. Runs
+  // are dealt out as those of whole tiles, where the segment has tiles.
+  void keep_runs() const {
+    bool has_tiles = segment->source_layout == SOURCE_TILED;
+    uint pass_size =
+        has_tiles ? FLATSTEP_TILE_ROWS * FLATSTEP_TILE_COLUMNS / FLATSTEP_RUN : FLATSTEP_THREADS;
+    bool drops_sums = clears_sums && pass.action == ACTION_DROP;
+    uint num_runs = passes * pass_size;
+    for (uint run = thread_index; run < num_runs; run += num_threads) {
+      uint64_t first = start_of_run(group, num_runs, run);
+      if (first >= segment->size) {
+        return;
+      }
+      uint count = uint(min(segment->size - first, uint64_t(FLATSTEP_RUN)));
+      Place place = place_of(first, count, true);
+      if (!is_in_place) {
+        auto stored = load_values(p_in + place.p_at, count, place.is_whole);
+        store_values(p_out + place.p_at, stored, count, place.is_whole);
+      }
+      if (drops_sums) {
+        clear_run(accumulated, segment->storage, place);
+      }
+    }
   }
 
   // A pass takes FLATSTEP_THREADS runs, neighbouring threads neighbouring ones, to the end of the
   // last block.
   void update_runs() const {
-    uint64_t first_run = uint64_t(group) * passes * FLATSTEP_THREADS;
     uint num_runs = passes * FLATSTEP_THREADS;
     // A GPU may run fewer threads than asked for in a threadgroup.
     for (uint run = thread_index; run < num_runs; run += num_threads) {
-      uint64_t first = (first_run + run) * FLATSTEP_RUN;
+      uint64_t first = start_of_run(group, num_runs, run);
       if (first - first % FLATSTEP_BLOCK >= segment->size) {
         return;
       }
@@ -188,23 +231,16 @@ struct Work {
 
 using namespace flatstep;
 
-// clang-format off
-#define FLATSTEP_SOURCES(SOURCE)                                            \
-  SOURCE(0) SOURCE(1) SOURCE(2) SOURCE(3) SOURCE(4) SOURCE(5) SOURCE(6)     \
-  SOURCE(7) SOURCE(8) SOURCE(9) SOURCE(10) SOURCE(11) SOURCE(12) SOURCE(13) \
-  SOURCE(14) SOURCE(15) SOURCE(16) SOURCE(17) SOURCE(18) SOURCE(19)
-#define FLATSTEP_SOURCE(k) const device char* source##k [[buffer(FLATSTEP_FIRST_SOURCE + k)]],
-#define FLATSTEP_CHOOSE(k) case k: work.source = source##k; break;
-// clang-format on
-
-template <typename R, bool TILED, typename P, typename S0, typename S1, typename S2, typename S3>
+template <typename R, bool TILED, typename P, typename S0, typename S1, typename S2, typename E>
 [[kernel]] void update(
     const device typename P::Stored* p_in [[buffer(FLATSTEP_P_IN)]],
     device typename P::Stored* p_out [[buffer(FLATSTEP_P_OUT)]],
     device char* state0 [[buffer(FLATSTEP_STATE)]],
     device char* state1 [[buffer(FLATSTEP_STATE + 1)]],
     device char* state2 [[buffer(FLATSTEP_STATE + 2)]],
-    device char* state3 [[buffer(FLATSTEP_STATE + 3)]],
+    device char* rests [[buffer(FLATSTEP_RESTS)]],
+    device char* ema [[buffer(FLATSTEP_EMA)]],
+    device char* accumulated [[buffer(FLATSTEP_ACCUMULATED)]],
     constant uint* constants [[buffer(FLATSTEP_CONSTANTS)]],
     constant DispatchArguments& dispatch [[buffer(FLATSTEP_DISPATCH)]],
     constant SourceSegment* segments [[buffer(FLATSTEP_SEGMENTS)]],
@@ -213,36 +249,45 @@ template <typename R, bool TILED, typename P, typename S0, typename S1, typename
     uint thread_index [[thread_position_in_threadgroup]],
     uint num_threads [[threads_per_threadgroup]]) {
   threadgroup float tile[TILED ? FLATSTEP_TILE_ROWS * FLATSTEP_TILE_PITCH : 1];
-  // The last segment whose first group is not beyond this one.
-  uint number = 0;
-  for (uint s = 1; s < dispatch.num_segments; ++s) {
-    number = segments[s].first_group <= group ? s : number;
+  constant SourceSegment& segment = segment_of(segments, dispatch.num_segments, group);
+  const device char* source = nullptr;
+  switch (segment.source) {
+    FLATSTEP_SOURCES(FLATSTEP_CHOOSE)
+    // Through the pointer that clears it, since compilers take it that no two buffers overlap.
+    case FLATSTEP_SUM_AS_SOURCE:
+      source = accumulated;
+      break;
   }
-  constant SourceSegment& segment = segments[number];
-  Work<R, P, S0, S1, S2, S3> work = {};
+  Work<R, P, S0, S1, S2, E> work = {};
   work.p_in = dispatch.p_in_place ? p_out : p_in;
   work.p_out = p_out;
   work.state0 = state0;
   work.state1 = state1;
   work.state2 = state2;
-  work.state3 = state3;
-  switch (segment.source) { FLATSTEP_SOURCES(FLATSTEP_CHOOSE) }
-  work.source += segment.source_offset;
+  work.rests = rests;
+  work.ema = ema;
+  work.accumulated = accumulated;
+  work.source = source + segment.source_offset;
   work.segment = &segment;
   work.dimensions = dimensions + segment.first_dimension;
+  work.is_in_place = dispatch.p_in_place;
+  work.clears_sums = segment.source == FLATSTEP_SUM_AS_SOURCE;
   if (!is_same<R, Copy>::value) {
     constant uint* own = constants + segment.group * FLATSTEP_GROUP_WORDS;
-    work.constants = from_words<typename R::Constants>(own + FLATSTEP_KEY_WORDS);
-    work.step = own[0];
-    for (uint k = 0; k < 5; ++k) {
-      work.starts[k] = start_of(own[1], segment.name, k);
+    work.pass = from_words<PassConstants>(own);
+    work.constants = from_words<typename R::Constants>(own + FLATSTEP_PASS_WORDS);
+    for (uint k = 0; k < FLATSTEP_NUM_KEYS; ++k) {
+      work.starts[k] = start_of(work.pass.seed, segment.name, k);
     }
+    work.changes_gradients = changes_gradients((constant PassConstants*)own);
   }
   work.group = group - segment.first_group;
   work.passes = dispatch.passes;
   work.thread_index = thread_index;
   work.num_threads = num_threads;
-  if (TILED && segment.source_layout == SOURCE_TILED) {
+  if (work.pass.action != ACTION_UPDATE) {
+    work.keep_runs();
+  } else if (TILED && segment.source_layout == SOURCE_TILED) {
     work.update_tiles(tile);
   } else {
     work.update_runs();

@@ -29,12 +29,14 @@ float shuffled(float x, uint lanes) __attribute__((const));
 #define simd_shuffle_xor shuffled
 """
 RUNS = """
-template <bool TWICE, typename P, typename M, typename V>
+template <bool TWICE, bool CHANGED, typename P, typename M, typename V, typename E>
 [[kernel]] void run(
-    constant Work<Adam, P, M, V, Float32, Float32>& given [[buffer(0)]],
+    constant Work<Adam, P, M, V, Float32, E>& given [[buffer(0)]],
     const device Run* g [[buffer(1)]],
     uint thread_index [[thread_position_in_grid]]) {
-  Work<Adam, P, M, V, Float32, Float32> work = given;
+  Work<Adam, P, M, V, Float32, E> work = given;
+  work.changes_gradients = CHANGED;
+  work.clears_sums = false;
   uint64_t first = uint64_t(thread_index) * FLATSTEP_RUN;
   work.update_run(first, FLATSTEP_RUN, true, g[0]);
   if (TWICE) {
@@ -65,16 +67,28 @@ def counted(code: str, function: str) -> Counter[str]:
     return Counter(called or instruction for called, instruction in found)
 
 
-names = [f"run, {twice}, {', '.join(s)}" for s in STORAGES for twice in ("false", "true")]
-text = SHUFFLES + kernel_text.source() + RUNS
-code = compiled(text + kernel_text.instances({f"run_{i}": name for i, name in enumerate(names)}))
-print(f"{'parameters, m, v':50}arithmetic    widths  shuffles  together")
-for i, storages in enumerate(STORAGES):
-    once, twice = (counted(code, f"simulator_enter_{2 * i + k}") for k in (0, 1))
+def counts(given: str) -> tuple[float, float, float, float]:
+    """Of an element: arithmetic, widths, shuffles and all."""
+    kernels = {f"run_{twice}": f"run, {twice}, {given}" for twice in ("false", "true")}
+    code = compiled(SHUFFLES + kernel_text.source() + RUNS + kernel_text.instances(kernels))
+    once, twice = (counted(code, f"simulator_enter_{k}") for k in (0, 1))
     more = {name: twice[name] - once[name] for name in twice if name not in LEFT_OUT}
-    widths = sum(more.get(name, 0) for name in WIDTHS)
-    shuffles = sum(number for name, number in more.items() if "shuffled" in name)
-    columns = (sum(more.values()) - widths - shuffles, widths, shuffles, sum(more.values()))
-    print(f"{', '.join(storages):50}" + "".join(f"{column / 4:10.2f}" for column in columns))
     if "-v" in sys.argv:
         print(more)
+    widths = sum(more.get(name, 0) for name in WIDTHS)
+    shuffles = sum(number for name, number in more.items() if "shuffled" in name)
+    total = sum(more.values())
+    return (total - widths - shuffles) / 4, widths / 4, shuffles / 4, total / 4
+
+
+print(f"{'parameters, m, v':50}arithmetic    widths  shuffles  together")
+for storages in STORAGES:
+    columns = counts(f"false, {', '.join(storages)}, Absent")
+    print(f"{', '.join(storages):50}" + "".join(f"{column:10.2f}" for column in columns))
+PLAIN = counts(f"false, {', '.join(STORAGES[0])}, Absent")
+MORE = {"gradients scaled or clipped": "true, {}, Absent"}
+MORE |= {f"an average, {ema}": f"false, {{}}, {ema}" for ema in ("Float32", "StochasticBfloat16")}
+print("what is more, of float32:")
+for name, given in MORE.items():
+    more = zip(counts(given.format(", ".join(STORAGES[0]))), PLAIN, strict=True)
+    print(f"{name:50}" + "".join(f"{column - plain:10.2f}" for column, plain in more))

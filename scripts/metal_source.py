@@ -17,7 +17,11 @@ KERNELS = REPOSITORY / "metal"
 INCLUDE = re.compile(r'#include "([^"]+)"')
 # A string literal may be no longer than this in every C++ compiler.
 LITERAL_LIMIT = 60_000
-MAX_STATES = 4
+MAX_STATES = 3
+# The rule that adds gradients up, for which these are the parameters.
+SUMMING = "Accumulate"
+# Kernels that no rule has a part in.
+WHOLE = ["copy, uint32_t", "copy, uint8_t", "sum_squares, 256", "add_sums, 256"]
 
 
 def resolved(path: Path, included: set[Path]) -> list[str]:
@@ -70,29 +74,35 @@ def code_storages(rule: str) -> list[str]:
     return [codes[int(enum[2]) >> k & 1] for k in range(num_states)]
 
 
-def update(rule: str, tiles: str, p: str, state: Sequence[str]) -> str:
+def update(rule: str, tiles: str, p: str, state: Sequence[str], ema: str = "Absent") -> str:
     """What a rule does not have of state is named float32's."""
-    return ", ".join(["update", rule, tiles, p, *state, *["Float32"] * (MAX_STATES - len(state))])
+    states = [*state, *["Float32"] * (MAX_STATES - len(state))]
+    return ", ".join(["update", rule, tiles, p, *states, ema])
 
 
 def all_instances() -> str:
     """Every kernel that a step may ask for, whose state has one storage, or is in codes.
 
-    State of several storages, which only a flat_update has, takes no other templates.
+    State of several storages, which only a flat_update has, takes no other templates, and nor does
+    an average beside state that is not float32.
     """
     rules = rows("rules.h", "FLATSTEP_RULES")
+    rules.remove(SUMMING)
     storages = rows("storage.h", "FLATSTEP_STORAGES")
-    of_parameters = [*storages]
-    for kind in ("STOCHASTIC", "SPLIT"):
-        of_parameters += rows("storage.h", f"FLATSTEP_{kind}_STORAGES")
-    kernels = {f"advance, {rule}": None for rule in rules}
-    kernels |= {f"copy, {word}": None for word in ("uint32_t", "uint8_t")}
+    by_chance = rows("storage.h", "FLATSTEP_STOCHASTIC_STORAGES")
+    of_parameters = [*storages, *by_chance, *rows("storage.h", "FLATSTEP_SPLIT_STORAGES")]
+    of_sums = ["Float32", *by_chance]
+    kernels = {f"advance, {rule}": None for rule in [*rules, SUMMING]}
+    kernels |= dict.fromkeys(WHOLE)
     for tiles in ("false", "true"):
         kernels |= {update("Copy", tiles, p, []): None for p in storages}
+        kernels |= {update(SUMMING, tiles, p, []): None for p in of_sums}
         for rule, p in product(rules, of_parameters):
             codes = code_storages(rule)
             for state in (*([storage] * len(codes) for storage in storages), codes):
                 kernels[update(rule, tiles, p, state)] = None
+            for ema in of_sums:
+                kernels[update(rule, tiles, p, ["Float32"] * len(codes), ema)] = None
     return instances({f"kernel_{number}": kernel for number, kernel in enumerate(kernels)})
 
 

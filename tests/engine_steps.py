@@ -75,11 +75,12 @@ class Engine:
             self.rule,
             None,
             state,
-            mx.array(self.steps_taken, mx.uint64),
-            mx.array(learning_rate, mx.float32),
-            self.rounding,
-            self.seed,
-            mx.cpu,
+            {
+                "step": mx.array(self.steps_taken, mx.uint64),
+                "learning_rate": mx.array(learning_rate, mx.float32),
+            },
+            _ext.StepSettings(self.rounding, self.seed),
+            stream=mx.cpu,
         )
         del state
         assert result is not None

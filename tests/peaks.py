@@ -19,6 +19,7 @@ import mlx.nn as nn
 import mlx.optimizers
 import numpy as np
 from cases import leaves
+from mlx.utils import tree_map
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
@@ -43,8 +44,17 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in leaves(tree).values())
 
 
+# How gradients of four batches become one step: by the optimizer, or as trees that a loop adds up.
+ACCUMULATIONS = ("none", "accumulate", "accumulate_steps", "tree_map")
+
+
 def training_step_memory(
-    module: Any, compiled: bool, dims: int = 512, layers: int = 4, steps: int = 6
+    module: Any,
+    compiled: bool,
+    dims: int = 512,
+    layers: int = 4,
+    steps: int = 6,
+    accumulation: str = "none",
 ) -> dict[str, int]:
     """Peak memory of whole training steps, each evaluated at once, of a transformer whose
     parameters need more memory than its activations."""
@@ -52,15 +62,27 @@ def training_step_memory(
 
     mx.random.seed(0)
     model = ByteTransformer(dims=dims, layers=layers, heads=8)
-    optimizer = module.AdamW(1e-3)
+    options = {"accumulate_steps": 4} if accumulation == "accumulate_steps" else {}
+    if accumulation == "accumulate":
+        options = {"accumulate_dtype": mx.float32}
+    optimizer = module.AdamW(1e-3, **options)
     optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), optimizer.state)
     state = [model.state, optimizer.state]
 
-    def step(x: mx.array, y: mx.array) -> mx.array:
+    def step(x: mx.array, y: mx.array, so_far: Any = None, is_last: bool = True) -> Any:
         loss, gradients = nn.value_and_grad(model, loss_fn)(model, x, y)
+        if accumulation == "accumulate":
+            optimizer.accumulate(gradients)
+            if is_last:
+                optimizer.update(model)
+            return loss, None
+        if so_far is not None:
+            gradients = tree_map(mx.add, gradients, so_far)
+        if not is_last and accumulation == "tree_map":
+            return loss, gradients
         optimizer.update(model, gradients)
-        return loss
+        return loss, None
 
     if compiled:
         step = partial(mx.compile, inputs=state, outputs=state)(step)
@@ -68,7 +90,10 @@ def training_step_memory(
     mx.eval(tokens)
 
     def work() -> None:
-        mx.eval(step(tokens[:, :-1], tokens[:, 1:]), model.parameters(), optimizer.state)
+        so_far, batches = None, 1 if accumulation == "none" else 4
+        for i in range(batches):
+            loss, so_far = step(tokens[:, :-1], tokens[:, 1:], so_far, i == batches - 1)
+            mx.eval(loss, so_far, model.parameters(), optimizer.state)
 
     memory = [measured(work) for _ in range(steps)]
     return {
@@ -85,12 +110,17 @@ def main() -> None:
     parser.add_argument("mode", choices=["eager", "compiled"])
     parser.add_argument("--dims", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--accumulation", choices=ACCUMULATIONS, default="none")
     parser.add_argument("--bucket-mib", type=int, default=flatstep.state.BUCKET_BYTES >> 20)
     chosen = parser.parse_args()
     flatstep.state.BUCKET_BYTES = chosen.bucket_mib << 20
     module = flatstep if chosen.library == "flatstep" else mlx.optimizers
     compiled = chosen.mode == "compiled"
-    print(json.dumps(training_step_memory(module, compiled, chosen.dims, chosen.layers)))
+    memory = training_step_memory(
+        module, compiled, chosen.dims, chosen.layers, chosen.steps, chosen.accumulation
+    )
+    print(json.dumps(memory))
 
 
 if __name__ == "__main__":

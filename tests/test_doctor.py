@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flatstep
 import flatstep.__main__ as command
 import mlx.core as mx
 import pytest
-from flatstep import _command_line, _ext, fused, optimizers
-from flatstep.diagnosis import cases, comparison, environment, formulas, selftest, speed
+from flatstep import _command_line, _ext, optimizers, stepping
+from flatstep.diagnosis import cases, comparison, environment, formulas, in_pass, selftest, speed
 from flatstep.diagnosis.comparison import run_row
 from flatstep.fused import FusedOptimizer
+from flatstep.step_options import Pass
 
 has_gpu = environment.why_not("gpu") is None
 
@@ -31,12 +33,12 @@ def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def change_rules(monkeypatch: pytest.MonkeyPatch, **changes: float) -> None:
     """Every rule gets hyperparameters that are off by so much."""
-    make_rule = fused.make_rule
+    make_rule = stepping.make_rule
 
     def changed(name: str, **values: float) -> _ext.Rule:
         return make_rule(name, **{**values, **{k: values[k] + changes[k] for k in changes}})
 
-    monkeypatch.setattr(fused, "make_rule", changed)
+    monkeypatch.setattr(stepping, "make_rule", changed)
 
 
 def verdicts(output: str) -> list[str]:
@@ -182,6 +184,43 @@ def test_a_constant_that_is_off_by_a_thousandth_shows_in_a_half_precision_parame
     change_rules(monkeypatch, **change)
     with pytest.raises(comparison.DiscrepancyError, match=": p: "):
         run_row(row, CPU)
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "changed"),
+    [
+        (in_pass.clips, "max_grad_norm", 1.001 * in_pass.MAX_NORM),
+        (in_pass.clips, "clip_value", None),
+        (in_pass.skips, "skip_nonfinite", False),
+        (in_pass.accumulates, "accumulate_steps", in_pass.MICRO_BATCHES + 1),
+        (in_pass.averages, "ema", in_pass.DECAY - 1e-6),
+        (in_pass.averages, "ema_start", 1),
+    ],
+)
+def test_what_a_step_does_otherwise_than_it_was_told_is_found(
+    check: Any, name: str, changed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Pass.of
+
+    def other(options: Any) -> Pass:
+        given = told(options)
+        return given if given == Pass() else given._replace(**{name: changed})
+
+    row = cases.Row(cases.ADAMW)
+    check(row, CPU)
+    monkeypatch.setattr(Pass, "of", other)
+    with pytest.raises((comparison.DiscrepancyError, KeyError)):
+        check(row, CPU)
+
+
+def test_a_parameter_in_another_group_than_it_was_told_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = cases.Row(cases.ADAMW)
+    in_pass.has_groups(row, CPU)
+    monkeypatch.setattr(flatstep.Group, "matches", lambda self, path, weight: weight.ndim == 0)
+    with pytest.raises(comparison.DiscrepancyError):
+        in_pass.has_groups(row, CPU)
 
 
 def test_an_exception_fails_its_check_and_the_next_one_runs(

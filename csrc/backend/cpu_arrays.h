@@ -16,7 +16,7 @@
 namespace flatstep {
 
 inline constexpr size_t kBlockElements = 1024;
-static_assert(2 + kMaxStates <= kPanelBuffers);
+static_assert(2 + kMaxStateArrays <= kPanelBuffers);
 
 using Scratch = float[kBlockElements];
 
@@ -59,6 +59,11 @@ struct Input {
       data = nullptr;
       layout = nullptr;
     }
+  }
+
+  // Of elements that lie in one piece, in whatever order.
+  Input(const char* first, Storage stored_as)
+      : storage(stored_as), extent(extent_of(stored_as)), data(first) {
   }
 
   // Of a contiguous array.

@@ -16,6 +16,10 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
   cpu_fused_update(*this, inputs, outputs);
 }
 
+void SquaredNorm::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  cpu_squared_norm(*this, inputs, outputs);
+}
+
 void Advance::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   cpu_advance(*this, inputs, outputs);
 }

@@ -31,7 +31,7 @@ void add_to(const std::vector<float*>& data, size_t begin, size_t end) {
 }  // namespace
 
 void floor_pass(mx::array& p, const mx::array& g, std::vector<mx::array>& state) {
-  constexpr std::array passes{add_to<1>, add_to<2>, add_to<3>};
+  constexpr std::array passes{add_to<1>, add_to<2>, add_to<3>, add_to<4>};
   std::vector<mx::array> arrays{g, p};
   arrays.insert(arrays.end(), state.begin(), state.end());
   std::vector<float*> data;

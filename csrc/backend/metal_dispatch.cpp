@@ -28,14 +28,14 @@ size_t ceil_div(size_t a, size_t b) {
 // The tiles that cover a source whose last two dimensions are transposed, so that its rows lie side
 // by side; 0 when they are not, when a row ends within a block, or when there are more than the
 // kernel counts.
-size_t num_tiles(const StridedLayout& layout, size_t size, bool has_blocks) {
+size_t num_tiles(const StridedLayout& layout, size_t size, Order order) {
   size_t n = layout.shape().size();
-  if (n < 2 || layout.strides()[n - 2] != 1 || !layout.crosses_lines()) {
+  if (order == Order::any || n < 2 || layout.strides()[n - 2] != 1 || !layout.crosses_lines()) {
     return 0;
   }
   size_t rows = layout.shape()[n - 2];
   size_t columns = layout.shape()[n - 1];
-  if (has_blocks && columns % FLATSTEP_BLOCK != 0) {
+  if (order == Order::rows_in_blocks && columns % FLATSTEP_BLOCK != 0) {
     return 0;
   }
   size_t tiles = size / (rows * columns) * ceil_div(rows, FLATSTEP_TILE_ROWS) *
@@ -50,7 +50,15 @@ struct Described {
   size_t passes;
 };
 
-Described describe(const Source& source, bool has_blocks) {
+// Whether the elements lie one after the other, in an order that will do.
+bool is_in_one_piece(const Source& source, Order order) {
+  const mx::array& a = *source.array;
+  bool is_all = source.size == a.size() && a.data_size() == a.size();
+  return source.is_sum || a.flags().row_contiguous ||
+         (order == Order::any && is_all && a.flags().contiguous);
+}
+
+Described describe(const Source& source, Order order) {
   const mx::array& a = *source.array;
   Described result;
   result.passes = ceil_div(source.size, kElementsPerPass);
@@ -58,12 +66,14 @@ Described describe(const Source& source, bool has_blocks) {
   segment.size = source.size;
   segment.p_offset = source.p_offset;
   segment.state_offset = source.state_offset;
-  segment.source_offset = source.first * a.itemsize();
+  size_t first = source.is_sum ? source.state_offset : source.first;
+  segment.source_offset = first * a.itemsize();
   segment.group = source.group;
   segment.name = source.name;
   segment.storage = static_cast<uint32_t>(storage_of(a.dtype()));
-  if (a.flags().row_contiguous) {
-    size_t start = static_cast<size_t>(a.offset()) + segment.source_offset;
+  if (is_in_one_piece(source, order)) {
+    // A sum starts where a flat array may.
+    size_t start = (source.is_sum ? 0 : static_cast<size_t>(a.offset())) + segment.source_offset;
     bool is_aligned = start % (FLATSTEP_RUN * a.itemsize()) == 0;
     segment.source_layout = is_aligned ? SOURCE_ALIGNED : SOURCE_UNALIGNED;
     return result;
@@ -74,7 +84,7 @@ Described describe(const Source& source, bool has_blocks) {
   }
   segment.num_dimensions = static_cast<uint32_t>(result.dimensions.size());
   segment.source_layout = SOURCE_STRIDED;
-  if (size_t tiles = num_tiles(layout, source.size, has_blocks)) {
+  if (size_t tiles = num_tiles(layout, source.size, order)) {
     segment.source_layout = SOURCE_TILED;
     result.passes = tiles;
   }
@@ -100,30 +110,34 @@ void make_groups(Dispatch& dispatch) {
 
 }  // namespace
 
-std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources, bool has_blocks) {
+std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources, Order order) {
   std::vector<Dispatch> dispatches;
   for (const Source& source : sources) {
     if (source.size == 0) {
       continue;
     }
-    Described described = describe(source, has_blocks);
+    Described described = describe(source, order);
     if (described.dimensions.size() > kMaxDimensions) {
       throw std::runtime_error("[flatstep] a gradient has too many dimensions for the GPU.");
     }
+    auto has_source = [&](const Dispatch& dispatch) {
+      return source.is_sum ||
+             (!dispatch.sources.empty() && dispatch.sources.back() == source.array);
+    };
     auto fits = [&](const Dispatch& dispatch) {
       return dispatch.segments.size() < kMaxSegments &&
-             (dispatch.sources.back() == source.array ||
-              dispatch.sources.size() < FLATSTEP_MAX_SOURCES) &&
+             (has_source(dispatch) || dispatch.sources.size() < FLATSTEP_MAX_SOURCES) &&
              dispatch.dimensions.size() + described.dimensions.size() <= kMaxDimensions;
     };
     if (dispatches.empty() || !fits(dispatches.back())) {
       dispatches.emplace_back();
     }
     Dispatch& dispatch = dispatches.back();
-    if (dispatch.sources.empty() || dispatch.sources.back() != source.array) {
+    if (!has_source(dispatch)) {
       dispatch.sources.push_back(source.array);
     }
-    described.segment.source = static_cast<uint32_t>(dispatch.sources.size() - 1);
+    described.segment.source =
+        source.is_sum ? FLATSTEP_SUM_AS_SOURCE : static_cast<uint32_t>(dispatch.sources.size() - 1);
     described.segment.first_dimension = static_cast<uint32_t>(dispatch.dimensions.size());
     dispatch.has_tiles |= described.segment.source_layout == SOURCE_TILED;
     dispatch.segments.push_back(described.segment);

@@ -24,6 +24,14 @@ struct Source {
   size_t state_offset{0};
   uint32_t group{0};
   uint32_t name{0};
+  bool is_sum{false};  // of gradients, which the update reads and clears where its state lies
+};
+
+// In which order the elements of sources are taken.
+enum class Order {
+  rows,
+  rows_in_blocks,  // and tiles are made of whole blocks
+  any,             // that of memory, where all of it is the source's
 };
 
 struct Dispatch {
@@ -31,16 +39,16 @@ struct Dispatch {
   std::vector<SourceSegment> segments;
   std::vector<SourceDimension> dimensions;
   std::vector<size_t> passes;  // of a threadgroup, for each segment
-  DispatchArguments arguments;
-  size_t num_groups;
-  bool has_tiles;
+  DispatchArguments arguments{};
+  size_t num_groups{0};
+  bool has_tiles{false};
 };
 
 // The text of the kernels, which scripts/metal_source.py writes into a file of its own.
 extern const char* const kMetalSource;
 
-// Sources without elements take part in none; `has_blocks`: tiles are made of whole blocks. Throws
-// std::runtime_error when a source has more dimensions, merged, than a dispatch can describe.
-std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources, bool has_blocks);
+// Sources without elements take part in none. Throws std::runtime_error when a source has more
+// dimensions, merged, than a dispatch can describe.
+std::vector<Dispatch> make_dispatches(const std::vector<Source>& sources, Order order);
 
 }  // namespace flatstep

@@ -21,6 +21,10 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>
   require_backend(mx::Device::gpu);
 }
 
+void SquaredNorm::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
+  require_backend(mx::Device::gpu);
+}
+
 void Advance::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   require_backend(mx::Device::gpu);
 }

@@ -60,7 +60,7 @@ struct Panel {
   size_t pitch;  // from row to row in the buffer
 };
 
-inline constexpr size_t kPanelBuffers = 6;
+inline constexpr size_t kPanelBuffers = 8;
 
 // One of this thread's own, kept from task to task. Null where there is no memory for it.
 uint32_t* panel_buffer(size_t number, size_t words) noexcept;

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import enum
 
 import mlx.core
+import mlx.core.distributed
 
 class Rule:
     """An update rule with its hyperparameters."""
@@ -25,6 +26,15 @@ class Rule:
         """
         The hyperparameters of each group of parameters, as a kernel gets them.
         """
+
+    def with_group(
+        self,
+        values: Mapping[str, float],
+        source: RateSource,
+        scale: float = 1.0,
+        schedule: PlainSchedule | None = None,
+    ) -> Rule:
+        """The rule with one more group of parameters."""
 
 class Rounding(enum.Enum):
     """How half-precision parameters are rounded."""
@@ -95,9 +105,6 @@ class Layout:
     def bucket_blocks(self) -> list[int]:
         """The length of each bucket in blocks of 64 elements."""
 
-def are_flat(layout: Layout, skeleton: object, parameters: object) -> bool:
-    """Whether the parameters lie in their buckets, once they are evaluated."""
-
 def reuse_counters() -> dict[str, int]:
     """
     How often a bucket's buffer was written in place, and how often to fresh memory.
@@ -126,6 +133,39 @@ def known_value(array: mlx.core.array) -> float | None:
     The value of a floating scalar that is evaluated; None of any other array.
     """
 
+class RateSource(enum.Enum):
+    """Where the learning rate of a group comes from."""
+
+    ALL = 0
+
+    OWN = 1
+
+    SCHEDULE = 2
+
+class LeafGroups:
+    """The group of parameters of each leaf."""
+
+    def __init__(self, groups: Sequence[int]) -> None: ...
+
+FROZEN: int = 4294967295
+
+class StepSettings:
+    """What a user sets for a step besides the rule."""
+
+    def __init__(
+        self,
+        rounding: Rounding = Rounding.NEAREST,
+        seed: int = 0,
+        max_grad_norm: float = float("inf"),
+        clip_value: float = float("inf"),
+        has_norm: bool = False,
+        skips_nonfinite: bool = False,
+        accumulate_steps: int = 0,
+        ema: float | None = None,
+        ema_start: int = 0,
+        ema_every: int = 1,
+    ) -> None: ...
+
 def step(
     layout: Layout,
     skeleton: object,
@@ -134,19 +174,50 @@ def step(
     rule: Rule,
     schedule: PlainSchedule | None,
     state: list[list[mlx.core.array]],
-    step: mlx.core.array,
-    learning_rate: mlx.core.array | None,
-    rounding: Rounding = Rounding.NEAREST,
-    seed: int = 0,
+    scalars: Mapping[str, mlx.core.array],
+    settings: StepSettings,
+    groups: LeafGroups | None = None,
+    norm_group: mlx.core.distributed.Group | None = None,
     stream: mlx.core.Stream
     | mlx.core.ThreadLocalStream
     | mlx.core.Device
     | mlx.core.DeviceType
     | None = None,
-) -> tuple[object, list[list[mlx.core.array]], mlx.core.array, mlx.core.array | None] | None:
+) -> tuple[object, list[list[mlx.core.array]], dict[str, mlx.core.array]] | None:
     """
-    One step over a tree: (parameters, state, step, learning_rate), or None when a parameter's dtype is not the layout's.
+    One step over a tree: (parameters, state, scalars), or None when a parameter's dtype is not the layout's.
     """
+
+def are_flat(
+    layout: Layout, skeleton: object, parameters: object, groups: LeafGroups | None = None
+) -> bool:
+    """Whether the parameters lie in their buckets, once they are evaluated."""
+
+def accumulate(
+    layout: Layout,
+    skeleton: object,
+    gradients: object | None,
+    sums: list[list[mlx.core.array]],
+    scalars: Mapping[str, mlx.core.array],
+    seed: int = 0,
+    groups: LeafGroups | None = None,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None = None,
+) -> tuple[list[mlx.core.array], dict[str, mlx.core.array]]:
+    """Adds gradients to their sums: (sums, scalars)."""
+
+def global_norm(
+    gradients: Sequence[mlx.core.array],
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None = None,
+) -> mlx.core.array:
+    """The 2-norm of all elements of some arrays."""
 
 def views(
     flat: mlx.core.array,

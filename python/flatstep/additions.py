@@ -17,11 +17,13 @@ from .checks import (
     misfit,
     with_state,
 )
+from .groups import Groups
 from .layout import Layout, Segment, single_step
 from .master_weights import joined, keep, split
 from .precision import Precision
 from .slots import StateForm
 from .state import State
+from .step_options import Pass
 from .walk import Keys, build, children, inner_like, plain
 
 
@@ -46,6 +48,9 @@ class Additions(Optimizer):
     _state: Any
     rule: Callable[[], _ext.Rule]
     _precision: Precision
+    _pass: Pass
+    _leaf_groups: Callable[[Layout, Any], _ext.LeafGroups | None]
+    _groups: Groups
     _plain_schedule: Callable[[], _ext.PlainSchedule | None]
 
     @property
@@ -72,7 +77,9 @@ class Additions(Optimizer):
         """
         tree = with_state(parameters.parameters() if isinstance(parameters, Module) else parameters)
         layout = self._layout
-        return layout is not None and _ext.are_flat(layout.engine, layout.skeleton, tree)
+        return layout is not None and _ext.are_flat(
+            layout.engine, layout.skeleton, tree, self._leaf_groups(layout, tree)
+        )
 
     def flat_update(
         self,
@@ -114,6 +121,10 @@ class Additions(Optimizer):
             >>> p
             array([-0.5, -0.5, -0.5], dtype=float32)
         """
+        self._check_without(
+            "flat_update",
+            *("max_grad_norm", "loss_scale", "skip_nonfinite", "accumulate_dtype", "ema"),
+        )
         if self._precision.master_weight_bits:
             raise ValueError(
                 "flat_update: master_weight_bits keeps what it needs in the optimizer's own state; "
@@ -144,18 +155,24 @@ class Additions(Optimizer):
             state,
             count,
             rate,
-            self._precision.rounding,
-            self._precision.seed,
+            self._pass.settings(self._precision.rounding, self._precision.seed, 0),
         )
-        rate = rate if scheduled is None else scheduled
-        assert rate is not None
-        return FlatUpdate(updated, values, next_step, rate)
+        return FlatUpdate(updated, values, next_step, scheduled)
 
     @property
     def state_dtype(self) -> mx.Dtype:
         """How the state is stored; chosen when the optimizer is made."""
         dtype: mx.Dtype = getattr(mx, self._precision.state_dtype)
         return dtype
+
+    def _check_without(self, where: str, *names: str) -> None:
+        """Raises ValueError where these options of a step, or all if none are named, have no place,
+        nor groups, nor a scale of the gradients."""
+        self._pass.check_without(where, *names)
+        has_scale = isinstance(self._state, dict) and "grad_scale" in self._state
+        for name, is_there in (("groups", bool(self._groups)), ("grad_scale", has_scale)):
+            if is_there:
+                raise ValueError(f"{where} has no place for {name}; make the optimizer without it")
 
     @property
     def _form(self) -> StateForm:
@@ -169,6 +186,8 @@ class Additions(Optimizer):
             precision.state_dtype,
             precision.master_weight_bits,
             precision.full_precision,
+            self._pass.ema_dtype,
+            self._pass.accumulate_dtype,
         )
 
     def _laid_out(self, parameters: Any) -> Any:
@@ -287,5 +306,7 @@ class Additions(Optimizer):
                 for slot in self.slots
             }
 
-        others = {key: state[key] for key in state if key not in layout.skeleton}
+        # Sums are left out, and so is their count.
+        names = [key for key in state if key not in layout.skeleton and key != "accumulated"]
+        others = {key: state[key] for key in names}
         return {**plain(others), **build(expand, layout.skeleton)}

@@ -2,6 +2,8 @@
 
 import math
 import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -140,28 +142,70 @@ def check_scalar(name: str, kind: str, value: mx.array, is_of_kind: bool) -> Non
         raise ValueError(misfit(name, f"one {kind} number", found))
 
 
-def as_learning_rate(value: Any) -> mx.array:
+def as_float_scalar(name: str, value: Any) -> mx.array:
     """A float32 scalar, as the kernels read it. An array that is not evaluated is not looked at."""
     if isinstance(value, mx.array):
-        check_scalar("learning_rate", "real", value, value.dtype != mx.complex64)
+        check_scalar(name, "real", value, value.dtype != mx.complex64)
         known = _ext.known_value(value)
         if known is not None:
-            as_finite("learning_rate", known)
+            as_finite(name, known)
         if value.dtype == mx.float32 and value.ndim == 0:
             return value
         return value.astype(mx.float32).reshape(())
-    return mx.array(as_finite("learning_rate", value), mx.float32)
+    return mx.array(as_finite(name, value), mx.float32)
 
 
-def as_step(value: Any) -> mx.array:
+def as_learning_rate(value: Any) -> mx.array:
+    return as_float_scalar("learning_rate", value)
+
+
+def as_count(name: str, value: Any) -> mx.array:
+    """A uint64 scalar, as the kernels read it."""
     if isinstance(value, mx.array):
-        check_scalar("step", "whole", value, mx.issubdtype(value.dtype, mx.integer))
+        check_scalar(name, "whole", value, mx.issubdtype(value.dtype, mx.integer))
         if value.dtype == mx.uint64 and value.ndim == 0:
             return value
         if mx.issubdtype(value.dtype, mx.signedinteger):
-            return as_step(value.reshape(()).item())
+            return as_count(name, value.reshape(()).item())
         return value.astype(mx.uint64).reshape(())
     is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
     if not is_whole or not 0 <= operator.index(value) < 2**63:
-        raise ValueError(misfit("step", "a whole number from 0 to 2**63 - 1", repr(value)))
+        raise ValueError(misfit(name, "a whole number from 0 to 2**63 - 1", repr(value)))
     return mx.array(operator.index(value), mx.uint64)
+
+
+def as_step(value: Any) -> mx.array:
+    return as_count("step", value)
+
+
+def as_rates(value: Any) -> mx.array:
+    """The learning rates of groups of parameters."""
+    check_array("group_learning_rates", value)
+    if value.dtype != mx.float32 or value.ndim != 1:
+        found = f"one of shape {tuple(value.shape)} and {name_of(value.dtype)}"
+        raise ValueError(misfit("group_learning_rates", "one-dimensional in float32", found))
+    rates: mx.array = value
+    return rates
+
+
+def as_loss_scale(value: Any) -> mx.array:
+    scale = as_float_scalar("loss_scale", value)
+    known = _ext.known_value(scale)
+    if known is not None and known <= 0:
+        raise ValueError(misfit("loss_scale", "above 0", f"{known:g}"))
+    return scale
+
+
+# What a state has at its top beside parameters' state, and how each is checked when it is set.
+SCALARS: dict[str, Callable[[Any], mx.array]] = {
+    "step": as_step,
+    "learning_rate": as_learning_rate,
+    "group_learning_rates": as_rates,
+    "grad_norm": lambda value: mx.array(value, mx.float32),
+    "grad_scale": partial(as_float_scalar, "grad_scale"),
+    "loss_scale": as_loss_scale,
+    **{
+        name: partial(as_count, name)
+        for name in ("skipped_steps", "accumulated", "loss_scale_steps")
+    },
+}

@@ -1,34 +1,38 @@
 """The base of the fused optimizers: the interface of ``mlx.optimizers.Optimizer`` on the engine."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from . import _ext
-from .additions import Additions
 from .checks import (
     as_learning_rate,
-    as_step,
     check_array,
     check_layout,
-    check_state,
     check_tree,
+    with_state,
 )
-from .layout import Layout, single_step
-from .precision import Precision
-from .schedulers import plain_schedule
-from .slots import MASTER
+from .groups import Groups
+from .layout import single_step
+from .precision import Precision, StorageOptions
 from .state import State
+from .step_options import Options, Pass, defaults_of
+from .stepping import Stepping
 from .trees import matching_part
 from .walk import plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LearningRate = float | mx.array | Callable[[mx.array], mx.array]
 
 
-class FusedOptimizer(Additions):
+class FusedOptimizer(Stepping):
     """What the optimizers here share: an ``mlx.optimizers.Optimizer`` whose update is one pass.
 
     Each is a subclass of its namesake in MLX too, for ``isinstance`` only: ``Optimizer`` is named
@@ -49,9 +53,34 @@ class FusedOptimizer(Additions):
         full_precision (callable, optional): ``(path, parameter) -> bool``: which parameters keep
           float32 state under ``state_dtype=mx.int8``, besides those with fewer than 4,096 elements.
         seed (int, optional): Of all that is rounded by chance. Default: ``0``
+        max_grad_norm (float, optional): Gradients are multiplied by ``min(1, max_grad_norm / (norm
+          + 1e-6))`` as they are read, where ``norm`` is the 2-norm of all of them (after
+          ``grad_scale`` and ``clip_value``; those of frozen groups left out). The state has it as
+          ``grad_norm``. ``inf`` does not clip.
+        norm_group (mx.distributed.Group, optional): Over which gradients are sharded: the squares
+          are summed over it.
+        clip_value (float, optional): Clip each element of the gradients to ``[-clip_value,
+          clip_value]``.
+        skip_nonfinite (bool, optional): A step whose gradients are not all finite, or whose norm is
+          not, changes nothing but ``state["skipped_steps"]``. Default: ``False``
+        grad_scale (float or mx.array or DynamicLossScale, optional): What gradients are multiplied
+          by as they are read.
+        accumulate_steps (int, optional): Sum gradients up, and take a step with their average at
+          every so many calls. See :meth:`accumulate`.
+        accumulate_dtype (mx.Dtype, optional): Of the sums: ``mx.float32``, or ``mx.bfloat16``,
+          rounded by chance. Default: ``mx.float32``
+        ema (float, optional): Keep an average of the weights, ``ema average + (1 - ema) weight``.
+          See :meth:`ema_weights`.
+        ema_start (int, optional): The average is the weights themselves up to this step; with
+          ``0`` it starts from those that ``init`` was given, so load weights before. Default: ``0``
+        ema_every (int, optional): It takes the weights in every so many steps. Default: ``1``
+        ema_dtype (mx.Dtype, optional): Of the average: ``mx.float32``, or ``mx.bfloat16``, rounded
+          by chance. Default: ``mx.float32``
+        groups (list of Group, optional): Parameters with other hyperparameters.
 
     Raises:
-        ValueError: an argument is not one of those.
+        ValueError: an argument is out of its range, or says more of one that is not there.
+        TypeError: an argument is of another type, or there is none of its name.
 
     Example:
         >>> import flatstep as optim, mlx.core as mx
@@ -69,30 +98,27 @@ class FusedOptimizer(Additions):
     def __init__(
         self,
         learning_rate: LearningRate,
-        state_dtype: mx.Dtype | None = None,
-        master_weight_bits: int | None = None,
-        stochastic_rounding: bool = False,
-        full_precision: Callable[[str, mx.array], bool] | None = None,
-        seed: int = 0,
+        **options: Unpack[Options],
     ):
         Optimizer.__init__(self)
-        self._precision = Precision.of(
-            state_dtype or getattr(mx, self.default_state_dtype),
-            master_weight_bits,
-            stochastic_rounding,
-            full_precision,
-            seed,
-        )
-        self._state = State(self._state)
+        unknown = options.keys() - Options.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} got an unexpected argument {min(unknown)!r}")
+        of_storage: Any = {k: v for k, v in options.items() if k in StorageOptions.__annotations__}
+        state_dtype = of_storage.pop("state_dtype", None)
+        state_dtype = state_dtype or getattr(mx, self.default_state_dtype)
+        self._precision = Precision.of(state_dtype, **of_storage)
+        of_step: Any = {k: v for k, v in options.items() if k not in StorageOptions.__annotations__}
+        self._pass = Pass.of(of_step)
+        self._groups = Groups(options.get("groups", ()))
+        scalars = {name: default() for name, default in defaults_of(self._pass).items()}
+        self._state = State({**self._state, **scalars})
+        scale: Any = options.get("grad_scale")
+        if scale is not None and self._pass.loss_scale is None:
+            self.grad_scale = scale
         self._maybe_schedule("learning_rate", learning_rate)
-
-    def rule(self) -> _ext.Rule:
-        """The engine's form of the hyperparameters as they are now.
-
-        Raises:
-            ValueError: a hyperparameter is out of its range.
-        """
-        raise NotImplementedError
+        if self._groups:
+            self._state["group_learning_rates"] = self._groups.initial_rates(self.learning_rate)
 
     # ---- The interface of mlx.optimizers ----
 
@@ -123,11 +149,13 @@ class FusedOptimizer(Additions):
         check_tree("parameters", parameters)
         state = self._usable_state()
         if self._is_customised:
+            self._check_without(f"{type(self).__name__}: init_single")
             self._state = State(plain(state))
             Optimizer.init(self, parameters)
             return
         layout, flat = state.make_flat(parameters, self._form)
         check_layout(state.layout, layout)
+        self._leaf_groups(layout, parameters)  # while there are weights to look at
         state.commit(layout, flat, {})
         self._initialized = True
 
@@ -164,33 +192,43 @@ class FusedOptimizer(Additions):
             return Optimizer.apply_gradients(self, gradients, parameters)
         if type(self).init is not FusedOptimizer.init and not self._initialized:
             self.init(matching_part(gradients, parameters))
-
         state = self._usable_state()
-        scheduled = self._scheduled_values()
-        layout = state.layout if self._initialized else None
-        result = None
-        if layout is not None:
-            flat = {slot: state.flat_arrays(slot) for slot in layout.form.flat_slots}
-            result = self._step(layout, flat, gradients, parameters, scheduled)
-        if layout is None or result is None:
-            # The first step, or parameters were cast since `init`: lay them out as they are.
-            part = matching_part(gradients, parameters)
-            layout, flat = state.make_flat(part, self._form)
-            result = self._step(layout, flat, gradients, parameters, scheduled)
-            assert result is not None
-        updated, written, step, learning_rate = result
+        if self._pass.accumulate_dtype:
+            if state.layout is None:
+                laid_out = state.make_flat(matching_part(gradients, parameters), self._form)
+                state = State(dict.items(state))
+                state.commit(*laid_out, {})
+            state = self._added(state, gradients, parameters)
+        return self._apply(state, gradients, parameters, self._pass.accumulate_steps or 1)
 
-        scalars = {**scheduled, "step": step}
-        if learning_rate is not None:
-            scalars["learning_rate"] = learning_rate
-        state.commit(layout, {**flat, **written}, scalars)
-        self._initialized = True
-        return updated
+    def update(self, model: Any, gradients: Any = None) -> None:
+        """Apply the gradients to the parameters of the model and update the model with the new
+        parameters.
+
+        Args:
+            model (mlx.nn.Module): The module whose parameters are updated.
+            gradients (dict, optional): A Python tree of gradients. Without it the step takes the
+              average of what :meth:`accumulate` has added since the last one, for all trainable
+              parameters of the model; none was added: it does nothing.
+
+        Raises:
+            ValueError, TypeError: as of :meth:`apply_gradients`; or there is nothing that
+              :meth:`accumulate` could have added to.
+
+        Source: ``mlx.optimizers.Optimizer.update``.
+        """
+        if gradients is None:
+            state = self._with_sums(self._usable_state())
+            gradients = with_state(model.trainable_parameters())
+            model.update(self._apply(state, gradients, model, accumulate_steps=1))
+        else:
+            model.update(self.apply_gradients(gradients, model))
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         """Initialize the state of one parameter; for subclasses that extend it."""
         check_array("init_single: parameter", parameter)
         self._precision.check_plain(f"{type(self).__name__}: init_single")
+        self._check_without(f"{type(self).__name__}: init_single")
         for slot in self.slots:
             state[slot] = mx.zeros(parameter.shape, self.state_dtype)
 
@@ -202,6 +240,7 @@ class FusedOptimizer(Additions):
         As in MLX, ``self.step`` counts this step already.
         """
         self._precision.check_plain(f"{type(self).__name__}: apply_single")
+        self._check_without(f"{type(self).__name__}: apply_single")
         rule = self.rule()
         used = self.slots[: rule.num_states]
         for name, array in (("gradient", gradient), ("parameter", parameter)):
@@ -214,8 +253,7 @@ class FusedOptimizer(Additions):
             [state[slot] for slot in used],
             self.step - mx.array(1, mx.uint64),
             as_learning_rate(self.learning_rate),
-            self._precision.rounding,
-            self._precision.seed,
+            self._pass.settings(self._precision.rounding, self._precision.seed, 0),
         )
         state.update(zip(used, values, strict=True))
         return updated
@@ -242,8 +280,20 @@ class FusedOptimizer(Additions):
                 f"state of an optimizer that keeps {', '.join(layout.form.slots)} was set on "
                 f"{type(self).__name__}, which keeps {', '.join(self.slots)}"
             )
-        self._state = adopted.in_form(self._form) if layout else adopted
+        form = self._form
+        if isinstance(adopted, State) and adopted.has_sums() and "accumulated" not in adopted:
+            raise ValueError(
+                "state has sums of gradients, gradient_sum, but not how many there are, accumulated"
+            )
+        if isinstance(adopted, State) and "accumulated" in adopted:
+            if not adopted.has_sums():
+                adopted = State({k: v for k, v in dict.items(adopted) if k != "accumulated"})
+            elif not form.gradient_sum and (_ext.is_tracing() or adopted["accumulated"].item()):
+                form = form._replace(gradient_sum="float32")
+        self._state = adopted.in_form(form) if layout else adopted
         self._initialized = layout is not None
+        if form.gradient_sum:
+            self._keep_sums()
 
     @property
     def learning_rate(self) -> mx.array:
@@ -265,68 +315,3 @@ class FusedOptimizer(Additions):
             name in vars(self) or getattr(type(self), name) is not getattr(FusedOptimizer, name)
             for name in names
         )
-
-    def _step(
-        self,
-        layout: Layout,
-        flat: dict[str, list[mx.array]],
-        gradients: Any,
-        parameters: Any,
-        scheduled: dict[str, mx.array],
-    ) -> tuple[Any, dict[str, list[mx.array]], mx.array, mx.array | None] | None:
-        rule, precision = self.rule(), self._precision
-        slots = self.slots[: rule.num_states]
-        if precision.master_weight_bits:
-            slots = (*slots, MASTER)
-        plain = self._plain_schedule()
-        rate = None
-        if plain is None:
-            rate = scheduled.get("learning_rate")
-            rate = as_learning_rate(self.learning_rate) if rate is None else rate
-        result = _ext.step(
-            layout.engine,
-            layout.skeleton,
-            gradients,
-            parameters,
-            rule,
-            plain,
-            [flat[slot] for slot in slots],
-            as_step(self.step),
-            rate,
-            precision.rounding,
-            precision.seed,
-        )
-        if result is None:
-            return None
-        updated, written, step, learning_rate = result
-        return updated, dict(zip(slots, written, strict=True)), step, learning_rate
-
-    def _plain_schedule(self) -> _ext.PlainSchedule | None:
-        schedule = self._schedulers.get("learning_rate")
-        return plain_schedule(schedule) if schedule else None
-
-    def _scheduled_values(self) -> dict[str, mx.array]:
-        """What the schedules that only MLX operations can evaluate give for this step."""
-        values = {}
-        for name, schedule in self._schedulers.items():
-            if name != "learning_rate":
-                values[name] = schedule(self.step)
-            elif self._plain_schedule() is None:
-                values[name] = as_learning_rate(schedule(self.step))
-        return values
-
-    def _maybe_schedule(self, name: str, parameter: Any) -> None:
-        if name != "learning_rate":
-            Optimizer._maybe_schedule(self, name, parameter)
-        elif callable(parameter):
-            self._schedulers[name] = parameter
-            plain = plain_schedule(parameter)
-            self.state[name] = as_learning_rate(plain(0) if plain else parameter(self.step))
-        else:
-            self.learning_rate = parameter
-
-    def _usable_state(self) -> State:
-        state = self._state
-        check_state(state)
-        assert isinstance(state, State)
-        return state

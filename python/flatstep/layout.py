@@ -60,6 +60,7 @@ class Layout:
         self.skeleton = skeleton
         self.leaves = list(leaves)
         self.form = form
+        self.bucket_bytes = bucket_bytes
         self.engine = _ext.Layout(
             [leaf.path for leaf in self.leaves],
             [list(leaf.shape) for leaf in self.leaves],
@@ -79,6 +80,8 @@ class Layout:
                 "unsigned": form.unsigned,
                 "state_dtype": form.state_dtype,
                 "master_weight_bits": form.master_weight_bits,
+                "ema": form.ema,
+                "gradient_sum": form.gradient_sum,
                 "bucket_bytes": bucket_bytes,
                 "leaves": [(leaf.shape, name_of(leaf.dtype), leaf.state) for leaf in self.leaves],
                 "tree": _to_tokens(skeleton),
@@ -95,9 +98,19 @@ class Layout:
             LeafSpec(keys[i], tuple(shape), getattr(mx, dtype), state)
             for i, (shape, dtype, state) in enumerate(data["leaves"])
         ]
-        slots, unsigned = tuple(data["slots"]), tuple(data["unsigned"])
-        form = StateForm(slots, unsigned, data["state_dtype"], data["master_weight_bits"])
+        form = StateForm(
+            tuple(data["slots"]),
+            tuple(data["unsigned"]),
+            data["state_dtype"],
+            data["master_weight_bits"],
+            ema=data["ema"],
+            gradient_sum=data["gradient_sum"],
+        )
         return cls(skeleton, leaves, form, data["bucket_bytes"])
+
+    def in_form(self, form: StateForm) -> "Layout":
+        """The same leaves in the same places, with another form."""
+        return Layout(self.skeleton, self.leaves, form, self.bucket_bytes)
 
     def segments(self) -> list[Segment]:
         """The place of each leaf, in the order of the tree."""
@@ -183,18 +196,19 @@ def single_step(
     state: Sequence[mx.array],
     step: mx.array,
     learning_rate: mx.array | None,
-    rounding: _ext.Rounding,
-    seed: int,
-) -> tuple[mx.array, tuple[mx.array, ...], mx.array, mx.array | None]:
+    settings: _ext.StepSettings,
+) -> tuple[mx.array, tuple[mx.array, ...], mx.array, mx.array]:
     """A step of one array by itself: a tree of one leaf, whose state is as long as it likes."""
     layout = _ext.Layout(["parameter"], [parameter.shape], [parameter.dtype], [0], 0)
     trees = ({"parameter": 0}, {"parameter": gradient}, {"parameter": parameter})
     buckets = [[array] for array in state]
-    result: Any = _ext.step(
-        layout, *trees, rule, schedule, buckets, step, learning_rate, rounding, seed
-    )
-    updated, new_state, next_step, scheduled = result
-    return updated["parameter"], tuple(array for (array,) in new_state), next_step, scheduled
+    scalars = {"step": step}
+    if learning_rate is not None:
+        scalars["learning_rate"] = learning_rate
+    result: Any = _ext.step(layout, *trees, rule, schedule, buckets, scalars, settings)
+    updated, new_state, scalars = result
+    arrays = tuple(array for (array,) in new_state)
+    return updated["parameter"], arrays, scalars["step"], scalars["learning_rate"]
 
 
 def name_of(dtype: mx.Dtype) -> str:

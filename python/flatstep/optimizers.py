@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.optimizers as mlx_optimizers
@@ -18,14 +17,15 @@ from mlx.optimizers import (
     Muon,
     Optimizer,
     RMSprop,
-    clip_grad_norm,
 )
 
-from . import _ext
 from .additions import FlatUpdate
 from .checks import as_betas, as_finite
+from .clipping import clip_grad_norm
 from .fused import FusedOptimizer, LearningRate
-from .precision import StorageOptions
+from .groups import Group, ParameterGroup, no_decay
+from .loss_scale import DynamicLossScale
+from .step_options import Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,12 +34,7 @@ __all__ = ["SGD", "Adam", "AdamW", "FlatUpdate", "FusedOptimizer", "Lion"]
 __all__ += ["Adam8bit", "AdamW8bit", "Lion8bit", "SGD8bit"]
 __all__ += ["AdaDelta", "Adafactor", "Adagrad", "Adamax", "Muon", "RMSprop"]
 __all__ += ["MultiOptimizer", "Optimizer", "clip_grad_norm"]
-
-
-@lru_cache
-def make_rule(name: str, **values: float) -> _ext.Rule:
-    """A rule of the engine's table; a training loop asks for the same at every step."""
-    return _ext.Rule(name, values)
+__all__ += ["DynamicLossScale", "Group", "ParameterGroup", "no_decay"]
 
 
 class SGD(FusedOptimizer, mlx_optimizers.SGD):
@@ -62,8 +57,8 @@ class SGD(FusedOptimizer, mlx_optimizers.SGD):
         weight_decay (float, optional): The weight decay (L2 penalty). Default: ``0``
         dampening (float, optional): Dampening for momentum :math:`\tau`. Default: ``0``
         nesterov (bool, optional): Enables Nesterov momentum. Default: ``False``
-        **storage: How state and parameters are stored: ``state_dtype``, ``master_weight_bits``,
-          ``stochastic_rounding``, ``full_precision`` and ``seed``, see :class:`FusedOptimizer`.
+        **options: How state and parameters are stored, what becomes of gradients, averages of the
+          weights, and groups of parameters: see :class:`FusedOptimizer`.
 
     Raises:
         ValueError: an argument is not finite in float32, or out of its range.
@@ -86,27 +81,27 @@ class SGD(FusedOptimizer, mlx_optimizers.SGD):
         weight_decay: float = 0.0,
         dampening: float = 0.0,
         nesterov: bool = False,
-        **storage: Unpack[StorageOptions],
+        **options: Unpack[Options],
     ):
-        super().__init__(learning_rate, **storage)
+        super().__init__(learning_rate, **options)
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.dampening = dampening
         self.nesterov = nesterov
         self.rule()
 
-    def rule(self) -> _ext.Rule:
+    def hyperparameters(self) -> tuple[str, dict[str, float]]:
         momentum = as_finite("SGD momentum", self.momentum, 0)
         dampening = as_finite("SGD dampening", self.dampening, 0)
         if self.nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening.")
-        return make_rule(
-            "momentum" if momentum > 0 else "sgd",
-            momentum=momentum,
-            weight_decay=as_finite("SGD weight_decay", self.weight_decay),
-            dampening=dampening,
-            nesterov=bool(self.nesterov),
-        )
+        return "momentum" if momentum > 0 else "sgd", {
+            "momentum": momentum,
+            "weight_decay": as_finite("SGD weight_decay", self.weight_decay),
+            # A group without momentum beside one with it has the other's rule.
+            "dampening": dampening if momentum > 0 else 0.0,
+            "nesterov": bool(self.nesterov),
+        }
 
 
 class Adam(FusedOptimizer, mlx_optimizers.Adam):
@@ -131,8 +126,8 @@ class Adam(FusedOptimizer, mlx_optimizers.Adam):
           numerical stability. Default: ``1e-8``
         bias_correction (bool, optional): If set to ``True``, bias correction is applied.
           Default: ``False``
-        **storage: How state and parameters are stored: ``state_dtype``, ``master_weight_bits``,
-          ``stochastic_rounding``, ``full_precision`` and ``seed``, see :class:`FusedOptimizer`.
+        **options: How state and parameters are stored, what becomes of gradients, averages of the
+          weights, and groups of parameters: see :class:`FusedOptimizer`.
 
     Raises:
         ValueError: an argument is not finite in float32, or out of its range.
@@ -154,28 +149,28 @@ class Adam(FusedOptimizer, mlx_optimizers.Adam):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         bias_correction: bool = False,
-        **storage: Unpack[StorageOptions],
+        **options: Unpack[Options],
     ):
-        super().__init__(learning_rate, **storage)
+        super().__init__(learning_rate, **options)
         self.betas: Any = betas
         self.eps = eps
         self.bias_correction = bias_correction
-        self._adam_rule(0.0)
+        if type(self).hyperparameters is Adam.hyperparameters:
+            self.rule()
 
-    def rule(self) -> _ext.Rule:
-        return self._adam_rule(0.0)
+    def hyperparameters(self) -> tuple[str, dict[str, float]]:
+        return self._adam(0.0)
 
-    def _adam_rule(self, weight_decay: float) -> _ext.Rule:
+    def _adam(self, weight_decay: float) -> tuple[str, dict[str, float]]:
         name = type(self).__name__
         beta1, beta2 = as_betas(name, self.betas)
-        return make_rule(
-            "adam",
-            beta1=beta1,
-            beta2=beta2,
-            eps=as_finite(f"{name} epsilon", self.eps, 0),
-            weight_decay=weight_decay,
-            bias_correction=bool(self.bias_correction),
-        )
+        return "adam", {
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": as_finite(f"{name} epsilon", self.eps, 0),
+            "weight_decay": weight_decay,
+            "bias_correction": bool(self.bias_correction),
+        }
 
 
 class AdamW(Adam, mlx_optimizers.AdamW):
@@ -198,8 +193,8 @@ class AdamW(Adam, mlx_optimizers.AdamW):
         weight_decay (float, optional): The weight decay :math:`\lambda`. Default: ``0.01``.
         bias_correction (bool, optional): If set to ``True``, bias correction is applied, as in
           :class:`Adam`. Default: ``False``
-        **storage: How state and parameters are stored: ``state_dtype``, ``master_weight_bits``,
-          ``stochastic_rounding``, ``full_precision`` and ``seed``, see :class:`FusedOptimizer`.
+        **options: How state and parameters are stored, what becomes of gradients, averages of the
+          weights, and groups of parameters: see :class:`FusedOptimizer`.
 
     Raises:
         ValueError: an argument is not finite in float32, or out of its range.
@@ -220,14 +215,14 @@ class AdamW(Adam, mlx_optimizers.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         bias_correction: bool = False,
-        **storage: Unpack[StorageOptions],
+        **options: Unpack[Options],
     ):
-        super().__init__(learning_rate, betas, eps, bias_correction, **storage)
+        super().__init__(learning_rate, betas, eps, bias_correction, **options)
         self.weight_decay = weight_decay
         self.rule()
 
-    def rule(self) -> _ext.Rule:
-        return self._adam_rule(as_finite(f"{type(self).__name__} weight_decay", self.weight_decay))
+    def hyperparameters(self) -> tuple[str, dict[str, float]]:
+        return self._adam(as_finite(f"{type(self).__name__} weight_decay", self.weight_decay))
 
 
 class Lion(FusedOptimizer, mlx_optimizers.Lion):
@@ -249,8 +244,8 @@ class Lion(FusedOptimizer, mlx_optimizers.Lion):
         betas (Tuple[float, float], optional): The coefficients :math:`(\beta_1, \beta_2)` of the
           direction and of the momentum. Default: ``(0.9, 0.99)``
         weight_decay (float, optional): The weight decay :math:`\lambda`. Default: ``0.0``
-        **storage: How state and parameters are stored: ``state_dtype``, ``master_weight_bits``,
-          ``stochastic_rounding``, ``full_precision`` and ``seed``, see :class:`FusedOptimizer`.
+        **options: How state and parameters are stored, what becomes of gradients, averages of the
+          weights, and groups of parameters: see :class:`FusedOptimizer`.
 
     Raises:
         ValueError: an argument is not finite in float32, or out of its range.
@@ -271,18 +266,19 @@ class Lion(FusedOptimizer, mlx_optimizers.Lion):
         learning_rate: LearningRate,
         betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        **storage: Unpack[StorageOptions],
+        **options: Unpack[Options],
     ):
-        super().__init__(learning_rate, **storage)
+        super().__init__(learning_rate, **options)
         self.betas: Any = betas
         self.weight_decay = weight_decay
         self.rule()
 
-    def rule(self) -> _ext.Rule:
+    def hyperparameters(self) -> tuple[str, dict[str, float]]:
         beta1, beta2 = as_betas("Lion", self.betas)
         weight_decay = as_finite("Lion weight_decay", self.weight_decay)
         # MLX leaves out a decay that is negative.
-        return make_rule("lion", beta1=beta1, beta2=beta2, weight_decay=max(weight_decay, 0.0))
+        numbers = {"beta1": beta1, "beta2": beta2, "weight_decay": max(weight_decay, 0.0)}
+        return "lion", numbers
 
 
 class SGD8bit(SGD):

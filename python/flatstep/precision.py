@@ -31,10 +31,10 @@ class Precision(NamedTuple):
     def of(
         cls,
         state_dtype: Any,
-        master_weight_bits: Any,
-        stochastic_rounding: Any,
-        full_precision: Any,
-        seed: Any,
+        master_weight_bits: Any = None,
+        stochastic_rounding: Any = False,
+        full_precision: Any = None,
+        seed: Any = 0,
     ) -> "Precision":
         """Raises ValueError or TypeError, naming the argument, for what is not allowed."""
         if state_dtype not in (*FLOATING, mx.int8):

@@ -22,6 +22,9 @@ SMALLEST_CODED = 4096
 
 # The slot of what half-precision parameters lack of their master weights.
 MASTER = "master"
+# Those of the weights' average, and of the sum of gradients that no step has used yet.
+EMA = "ema"
+GRADIENT_SUM = "gradient_sum"
 ROUNDINGS = {24: _ext.Rounding.KEEP_8_BITS, 32: _ext.Rounding.KEEP_16_BITS}
 
 
@@ -145,14 +148,24 @@ class StateForm(NamedTuple):
     state_dtype: str
     master_weight_bits: int | None
     full_precision: Callable[[str, mx.array], bool] | None = None
+    # Names of dtypes.
+    ema: str | None = None
+    gradient_sum: str | None = None
 
     @property
     def flat_slots(self) -> tuple[str, ...]:
-        return (*self.slots, MASTER) if self.master_weight_bits else self.slots
+        """In the order of the engine."""
+        others = {
+            MASTER: self.master_weight_bits,
+            EMA: self.ema,
+            GRADIENT_SUM: self.gradient_sum,
+        }
+        return (*self.slots, *(slot for slot, is_there in others.items() if is_there))
 
     def leaf_slots(self, dtype: mx.Dtype) -> tuple[str, ...]:
         """Of a parameter of this dtype."""
-        return self.flat_slots if dtype in HALVES else self.slots
+        slots = self.flat_slots
+        return slots if dtype in HALVES else tuple(slot for slot in slots if slot != MASTER)
 
     def leaf_state(self, keys: Keys, shape: tuple[int, ...], weight: mx.array) -> str:
         """How the state of a leaf is stored, as the name of a dtype."""
@@ -169,6 +182,9 @@ class StateForm(NamedTuple):
         """Of a slot of a leaf with this kind of state and dtype; None where it has none."""
         if slot == MASTER:
             return RESTS[self.master_weight_bits or 24] if dtype in HALVES else None
+        if slot in (EMA, GRADIENT_SUM):
+            dtype_name = self.ema if slot == EMA else self.gradient_sum
+            return Values(getattr(mx, dtype_name or "float32"), True)
         has_sign = slot not in self.unsigned
         return Codes(has_sign) if state == "int8" else Values(getattr(mx, state), has_sign)
 

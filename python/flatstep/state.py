@@ -17,13 +17,13 @@ from weakref import WeakValueDictionary
 import mlx.core as mx
 
 from . import _ext
-from .checks import as_learning_rate, as_step
+from .checks import SCALARS
 from .layout import BUCKET_BYTES, Layout
 from .live import LiveMapping
-from .slots import HALVES, StateForm
+from .slots import GRADIENT_SUM, HALVES, StateForm
 from .state_nodes import Node, assign, node_at, refill
 from .trees import FLAT_KEY, merge_trees
-from .walk import check_depth, plain
+from .walk import CONTAINERS, check_depth, children, plain
 
 LAYOUT_KEY = "layout"
 
@@ -47,7 +47,7 @@ class State(LiveMapping):
         if isinstance(value, cls) or not isinstance(value, dict):
             return value
         _check_tree(value)
-        state = cls({key: _owned(item) for key, item in value.items()})
+        state = cls({key: _normal(key, item) for key, item in value.items()})
         if FLAT_KEY in value:
             state._known_layout = _checked_flat(value[FLAT_KEY])
             dict.__setitem__(state, FLAT_KEY, _copied(value[FLAT_KEY]))
@@ -86,16 +86,48 @@ class State(LiveMapping):
     def in_form(self, form: StateForm) -> "State":
         """This state itself, or a copy of it as an optimizer with this form would keep it."""
         layout = self.layout
-        if layout is None or layout.form == form._replace(full_precision=None):
+        form = form._replace(full_precision=None)
+        if layout is None or layout.form == form:
             return self
+        has_other_sums = layout.form.gradient_sum and form.gradient_sum
+        if not has_other_sums and layout.form._replace(gradient_sum=form.gradient_sum) == form:
+            return self.with_sums(form.gradient_sum)
         if layout.form.master_weight_bits != form.master_weight_bits:
             raise ValueError(
                 f"state with master_weight_bits={layout.form.master_weight_bits} was set on an "
                 f"optimizer with master_weight_bits={form.master_weight_bits}; set what "
                 "dequantized_state() gives, and the weights with set_master_weights"
             )
+        if form.ema and not layout.form.ema:
+            return State(plain(self))  # the next step has the weights that the average starts from
         state = State(dict.items(self))
         state.commit(*self.make_flat({}, form), {})
+        return state
+
+    def has_sums(self) -> bool:
+        """Whether it has sums of gradients; without a layout, whether any leaf has."""
+        if self.layout is not None:
+            return self.layout.form.gradient_sum is not None
+        todo: list[Any] = [dict(dict.items(self))]
+        for node in todo:
+            if isinstance(node, dict) and GRADIENT_SUM in node:
+                return True
+            if isinstance(node, CONTAINERS):
+                todo += [child for _, child in children(node)]
+        return False
+
+    def with_sums(self, dtype: str | None) -> "State":
+        """A copy that has sums of gradients in this dtype, of none yet, or no sums."""
+        layout = self.layout
+        assert layout is not None
+        layout = layout.in_form(layout.form._replace(gradient_sum=dtype))
+        flat = {
+            slot: self.flat_arrays(slot) for slot in layout.form.flat_slots if slot != GRADIENT_SUM
+        }
+        if dtype:
+            flat[GRADIENT_SUM] = layout.pack(GRADIENT_SUM, [None] * len(layout.leaves))
+        state = State(dict.items(self))
+        state.commit(layout, flat, {})
         return state
 
     def make_flat(
@@ -175,17 +207,21 @@ class State(LiveMapping):
 
 
 def _checked(key: Any, value: Any) -> Any:
-    """``step`` and ``learning_rate`` as the kernels read them; any other entry as it is."""
+    """``step``, ``learning_rate`` and the like as the kernels read them; others as they are."""
     if key == FLAT_KEY:
         raise ValueError(
             f"{FLAT_KEY!r} is the flat state itself; assign the whole dict to optimizer.state"
         )
-    if key == "step":
-        return as_step(value)
-    if key == "learning_rate":
-        return as_learning_rate(value)
+    if key in SCALARS:
+        return SCALARS[key](value)
     _check_tree({key: value})
     return _owned(value)
+
+
+def _normal(key: Any, value: Any) -> Any:
+    """An entry of a whole state: step and rate are looked at when a step reads them."""
+    is_checked = key in SCALARS and key not in ("step", "learning_rate")
+    return SCALARS[key](value) if is_checked else _owned(value)
 
 
 def _owned(value: Any) -> Any:

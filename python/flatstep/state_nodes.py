@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import _ext
 from .layout import Layout
 from .live import LiveMapping, MixinList
+from .slots import EMA
 from .trees import check_leaf_state, leaf_values
 from .walk import CONTAINERS, Inner, Keys, build, children, path_of, plain, shown, trees_equal
 
@@ -284,7 +285,8 @@ def _replacements(
         if isinstance(place, int):
             leaf = layout.leaves[place]
             values = leaf_values(keys, value, layout.form, leaf.dtype, leaf.shape)
-            new += [(place, slot, item) for slot, item in values.items()]
+            # Nothing says what an average would start again from.
+            new += [(place, s, item) for s, item in values.items() if s != EMA or item is not None]
             continue
         if isinstance(value, CONTAINERS) and not value:
             todo += [((*keys, key), child, value) for key, child in children(place)]

@@ -6,8 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from .checks import SCALARS
 from .layout import Layout, LeafSpec, name_of, unsupported
-from .slots import CODES, FLOATING, MASTER, RESTS, StateForm, num_blocks
+from .slots import CODES, EMA, FLOATING, GRADIENT_SUM, MASTER, RESTS, StateForm, num_blocks
 from .walk import (
     CONTAINERS,
     Inner,
@@ -23,7 +24,7 @@ from .walk import (
 
 # Names that a state has at its top beside those of the parameters.
 FLAT_KEY = "__flatstep__"
-RESERVED = ("step", "learning_rate", FLAT_KEY)
+RESERVED = (*SCALARS, FLAT_KEY)
 # In place of a parameter that only the state knows, or of one that there is not.
 ABSENT = object()
 
@@ -51,9 +52,17 @@ def merge_trees(
             # the parameter will say.
             guess = mx.bfloat16 if form.master_weight_bits and MASTER in held else array.dtype
             dtype = known.get(keys, guess if guess in FLOATING else mx.float32)
+            if form.ema and EMA not in held:
+                raise ValueError(
+                    f"{path_of(keys)}: the state has no average of this parameter yet, which "
+                    "starts from it; call optimizer.init(model.trainable_parameters())"
+                )
             parameter = mx.broadcast_to(mx.array(0, dtype), array.shape)
         shape, dtype = tuple(parameter.shape), parameter.dtype
-        values.append(leaf_values(keys, held, form, dtype, shape))
+        value = leaf_values(keys, held, form, dtype, shape)
+        if form.ema and value[EMA] is None:
+            value[EMA] = parameter
+        values.append(value)
         leaves.append(LeafSpec(keys, shape, dtype, form.leaf_state(keys, shape, parameter)))
         return len(leaves) - 1
 
@@ -134,7 +143,9 @@ def leaf_values(
     # has left behind what was kept beside it.
     if not isinstance(held, dict) or not set(form.slots) <= set(names) <= set(form.flat_slots):
         advice = "{} starts again from zero"
-        if isinstance(held, dict) and MASTER in held:
+        if isinstance(held, dict) and (EMA in held or GRADIENT_SUM in held):
+            advice = "this optimizer keeps no more; set what dequantized_state() gives"
+        elif isinstance(held, dict) and MASTER in held:
             advice = "set what dequantized_state() gives, and the weights with set_master_weights"
         raise ValueError(
             f"{path_of(keys)}: state should be a dict of {' and '.join(slots)}, found {names}; "

@@ -1,7 +1,7 @@
 """What the host hands to the kernels, built here a second time, from what a user writes.
 
-The structs are those of csrc/schedule.h and csrc/backend/metal_arguments.h. A rule's own are the
-engine's: `rule.groups` are the bytes that the kernel `advance` gets.
+The structs are those of csrc/schedule.h, csrc/pass.h and csrc/backend/metal_arguments.h. A rule's
+own are the engine's: `rule.groups` are the bytes that the kernel `advance` gets.
 """
 
 import math
@@ -14,17 +14,25 @@ THREADS = 256
 RUN = 4
 TILE_ROWS = 32
 TILE_COLUMNS = 64
-MAX_SOURCES = 20
+MAX_SOURCES = 19
 MAX_PIECES = 24
 LAST_STEP = 1 << 61
 
 MAX_SEGMENTS = 64
-KEY_WORDS = 4
-GROUP_WORDS = 20
+PASS_WORDS = 8
+GROUP_WORDS = 24
 
-# Buffer indices of the update kernel, where three follow the first state's.
+# Buffer indices of the update kernel, where two follow the first state's.
 P_IN, P_OUT, STATE = range(3)
-CONSTANTS, DISPATCH, SEGMENTS, DIMENSIONS, FIRST_SOURCE = range(6, 11)
+RESTS, EMA, ACCUMULATED, CONSTANTS = range(5, 9)
+DISPATCH, SEGMENTS, DIMENSIONS, FIRST_SOURCE = range(9, 13)
+# A source's number, of gradients that are summed up.
+SUM_AS_SOURCE = MAX_SOURCES
+# Those of `advance`, where each scalar has two places in the table's order.
+ADVANCE_WRITTEN, ADVANCE_CONSTANTS = 8, 16
+ADVANCE_ARGUMENTS, ADVANCE_SCHEDULE, ADVANCE_GROUPS = range(17, 20)
+# Those of the sum of squares.
+NORM_GRAD_SCALE, NORM_ACCUMULATED, NORM_SUMS, NORM_RESULT, NORM_ARGUMENTS = range(5)
 
 # How a source lies in memory.
 ALIGNED, UNALIGNED, STRIDED, TILED = range(4)
@@ -43,6 +51,64 @@ PIECE = np.dtype(
     ]
 )
 SCHEDULE = np.dtype([("num_pieces", "i4"), ("padding", "i4"), ("pieces", PIECE, MAX_PIECES)])
+SCALARS = {
+    "step": "u8",
+    "learning_rate": "f4",
+    "group_learning_rates": "f4",
+    "grad_scale": "f4",
+    "sum_of_squares": "f4",
+    "grad_norm": "f4",
+    "skipped_steps": "u8",
+    "accumulated": "u8",
+}
+UPDATE, DROP, HOLD = range(3)
+OF_ALL, OWN, OF_SCHEDULE = range(3)
+PASS_SETTINGS = np.dtype(
+    [
+        ("accumulate_steps", "u8"),
+        ("ema_start", "u8"),
+        ("ema_every", "u8"),
+        ("max_grad_norm", "f4"),
+        ("clip_value", "f4"),
+        ("ema_decay", "f4"),
+        ("one_minus_ema_decay", "f4"),
+        ("has_norm", "u4"),
+        ("skips_nonfinite", "u4"),
+        ("is_accumulation", "u4"),
+        ("seed", "u4"),
+    ]
+)
+PASS_CONSTANTS = np.dtype(
+    [
+        ("tick", "u4"),
+        ("seed", "u4"),
+        ("action", "u4"),
+        ("grad_scale", "f4"),
+        ("clip_value", "f4"),
+        ("clip_factor", "f4"),
+        ("ema_decay", "f4"),
+        ("ema_weight", "f4"),
+    ]
+)
+ADVANCE_STRUCT = np.dtype([("settings", PASS_SETTINGS), ("read", "u4"), ("written", "u4")])
+GROUP_ARGUMENTS = np.dtype(
+    [
+        ("source", "u4"),
+        ("scale", "f4"),
+        ("schedule", "u4"),
+        ("padding", "u4"),
+        ("hyperparameters", "u4", 32),
+    ]
+)
+NORM_STRUCT = np.dtype(
+    [
+        ("settings", PASS_SETTINGS),
+        ("has_grad_scale", "u4"),
+        ("has_accumulated", "u4"),
+        ("num_sums", "u4"),
+        ("padding", "u4"),
+    ]
+)
 DISPATCH_ARGUMENTS = np.dtype([("num_segments", "u4"), ("passes", "u4"), ("p_in_place", "u4")])
 COPY_ARGUMENTS = np.dtype([("size", "u8"), ("stride", "u8")])
 SEGMENT = np.dtype(
@@ -112,6 +178,18 @@ def schedule(*description: Any) -> Struct:
     result["num_pieces"] = len(parts)
     for number, piece in enumerate(parts):
         result["pieces"][number] = piece
+    return result
+
+
+def settings(**values: Any) -> Struct:
+    """What a user sets; `ema` is the average's decay."""
+    result = np.zeros((), PASS_SETTINGS)
+    result["max_grad_norm"] = result["clip_value"] = np.inf
+    result["ema_every"] = 1
+    decay = values.pop("ema", 0.0)
+    result["ema_decay"], result["one_minus_ema_decay"] = decay, 1 - decay
+    for name, value in values.items():
+        result[name] = value
     return result
 
 

@@ -16,9 +16,9 @@ PARAMETER_STORAGES: list[str] = [
     for storage in _script["rows"]("storage.h", f"FLATSTEP_{kind}_STORAGES")
 ]
 code_storages: Callable[[str], list[str]] = _script["code_storages"]
-_update: Callable[[str, str, str, Sequence[str]], str] = _script["update"]
-# What copies blocks.
-COPIES = ["copy, uint32_t", "copy, uint8_t"]
+_update: Callable[[str, str, str, Sequence[str], str], str] = _script["update"]
+# What copies blocks, and sums up squares.
+WHOLE: list[str] = _script["WHOLE"]
 
 # A rule and a storage besides those of the tables.
 EXTRA = (Path(__file__).parent / "kernels" / "extra.metal").read_text()
@@ -28,11 +28,11 @@ def advance(rule: str) -> str:
     return f"advance, {rule}"
 
 
-def update(rule: str, has_tiles: bool, storages: Iterable[str]) -> str:
+def update(rule: str, has_tiles: bool, storages: Iterable[str], ema: str = "Absent") -> str:
     """An instance, which is its name here too. `storages`: of p and the state."""
     p, *state = storages
-    return _update(rule, str(has_tiles).lower(), p, state)
+    return _update(rule, str(has_tiles).lower(), p, state, ema)
 
 
 def with_instances(text: str, names: Iterable[str]) -> str:
-    return text + EXTRA + instances({name: name for name in sorted([*names, *COPIES])})
+    return text + EXTRA + instances({name: name for name in sorted([*names, *WHOLE])})

@@ -69,12 +69,11 @@ class Training:
             self.rule,
             None,
             self.state,
-            self.step,
-            mx.array(1e-2),
-            rounding=self.rounding,
-            seed=self.seed,
+            {"step": self.step, "learning_rate": mx.array(1e-2)},
+            _ext.StepSettings(self.rounding, self.seed),
         )
-        updated, self.state, self.step, _ = result
+        updated, self.state, scalars = result
+        self.step = scalars["step"]
         self.parameters.update(updated)
         mx.eval(self.parameters, self.state, self.step)
         mx.synchronize()

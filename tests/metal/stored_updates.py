@@ -126,6 +126,10 @@ class StoredUpdate(Update):
             for at, leaf in zip(offsets, self.leaves, strict=True)
         ]
 
+    def indices(self) -> list[int]:
+        indices = super().indices()
+        return [*indices[:-1], args.RESTS] if self.has_rests else indices
+
     def kernel(self, rule: str = "", has_tiles: bool = True) -> str:
         return self.storages.kernel(rule or self.rules[0].type, has_tiles)
 
@@ -189,10 +193,11 @@ class StoredUpdate(Update):
             rule_of(self.cases[0]),
             None,
             state,
-            mx.array(self.step, mx.uint64),
-            mx.array(self.learning_rate, mx.float32),
-            rounding=self.storages.rounding,
-            seed=self.seed,
+            {
+                "step": mx.array(self.step, mx.uint64),
+                "learning_rate": mx.array(self.learning_rate, mx.float32),
+            },
+            _ext.StepSettings(self.storages.rounding, self.seed),
         )
         assert result is not None
         updated: Any = result[0]

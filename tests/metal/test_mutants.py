@@ -12,20 +12,21 @@ import kernel_text
 import numpy as np
 import pytest
 import simulator
+from advances import Group, run_advance
 from cases import Case
 from mutants import mutated
 from stored_updates import FEW, check_blocks_copy, check_stored
 from unusual_updates import (
-    FOUR,
     KEYED,
     SHIFTED,
+    THREE,
     check_far_group,
     check_far_segment,
     check_far_source,
     check_far_source_offset,
-    check_four_states,
     check_keys,
     check_tails,
+    check_three_states,
 )
 from updates import (
     BFLOAT,
@@ -36,7 +37,6 @@ from updates import (
     flat_leaves,
     make_leaf,
     rule_of,
-    run_advance,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the simulator runs on Linux")
@@ -48,6 +48,9 @@ WRITE_TILE = "uint count = r < height && c < width ?"
 TAIL = "if (k < count) {\n"
 COUNT = "uint(min(left, uint64_t(FLATSTEP_RUN)))"
 LEAVES = "if (first - first % FLATSTEP_BLOCK >= segment->size) {\n        return;\n      }\n"
+RUNS = """run += num_threads) {
+      uint64_t first = start_of_run(group, num_runs, run);
+      """
 WHOLE = "place.is_whole = count == FLATSTEP_RUN && first % FLATSTEP_RUN == 0;"
 
 LARGEST = """mask < FLATSTEP_BLOCK_LANES; mask *= 2) {
@@ -104,7 +107,7 @@ MUTANTS = {
         TAIL + "      int64_t offset",
         TAIL.replace("k < count", "true") + "      int64_t offset",
     ),
-    "more segments than there are": ("s < dispatch.num_segments", "s <= dispatch.num_segments"),
+    "more segments than there are": ("s < num_segments", "s <= num_segments"),
     "64 bits cut to 32 in a run": (
         "place.p_at = segment->p_offset + first;",
         "place.p_at = uint(segment->p_offset + first);",
@@ -118,10 +121,10 @@ MUTANTS = {
         "int offset = 0;",
     ),
     "64 bits cut to 32 in a tile": ("int64_t column_stride =", "int column_stride ="),
-    "64 bits cut to 32 in the runs": ("uint64_t first_run =", "uint first_run ="),
+    "64 bits cut to 32 in the runs": ("uint64_t(group) * num_runs", "group * num_runs"),
     "64 bits cut to 32 in a run's start": (
-        "uint64_t first = (first_run",
-        "uint first = uint(first_run",
+        "return (uint64_t(group) * num_runs + run)",
+        "return uint(uint64_t(group) * num_runs + run)",
     ),
     "64 bits cut to 32 in a source": (LOAD_SOURCE, LOAD_SOURCE.replace("uint64_t", "uint")),
     "64 bits cut to 32 in a tile's corner": ("int64_t corner = ", "int corner = "),
@@ -130,8 +133,8 @@ MUTANTS = {
         "uint first = uint(uint64_t(matrix)",
     ),
     "64 bits cut to 32 in a source's offset": (
-        "work.source += segment.source_offset;",
-        "work.source += uint(segment.source_offset);",
+        "source + segment.source_offset;",
+        "source + uint(segment.source_offset);",
     ),
     "64-bit division cut to 32": (
         "bool is_small = (index | extent) >> 32 == 0;",
@@ -147,40 +150,46 @@ MUTANTS = {
     # Indices
     "segment off by one": ("segments[s].first_group <= group", "segments[s].first_group < group"),
     "states swapped": ("work.state0 = state0;", "work.state0 = state1;"),
-    "last states swapped": ("work.state3 = state3;", "work.state3 = state2;"),
+    "last states swapped": ("work.state2 = state2;", "work.state2 = state1;"),
     "a state's index": (
-        "state3 [[buffer(FLATSTEP_STATE + 3)]]",
-        "state3 [[buffer(FLATSTEP_STATE + 2)]]",
+        "state2 [[buffer(FLATSTEP_STATE + 2)]]",
+        "state2 [[buffer(FLATSTEP_STATE + 1)]]",
     ),
     "states' storages swapped": (
-        "Work<R, P, S0, S1, S2, S3> work",
-        "Work<R, P, S0, S2, S1, S3> work",
+        "Work<R, P, S0, S1, S2, E> work",
+        "Work<R, P, S0, S2, S1, E> work",
     ),
     "a state not loaded": ("FLATSTEP_LOAD_STATE(2)", ""),
-    "a state not stored": ("FLATSTEP_STORE_STATE(3)", ""),
+    "a state not stored": ("FLATSTEP_STORE_STATE(2)", ""),
     "wrong source": ("case k:", "case k == 7 ? 30 : k:"),
-    "source not bound": ("#define FLATSTEP_FIRST_SOURCE 10", "#define FLATSTEP_FIRST_SOURCE 11"),
-    "source's place dropped": ("work.source += segment.source_offset;", ""),
+    "source not bound": ("#define FLATSTEP_FIRST_SOURCE 12", "#define FLATSTEP_FIRST_SOURCE 11"),
+    "source's place dropped": ("source + segment.source_offset;", "source;"),
     "source's place in elements": (
-        "work.source += segment.source_offset;",
-        "work.source += segment.source_offset * 4;",
+        "source + segment.source_offset;",
+        "source + segment.source_offset * 4;",
     ),
     "state where p lies": (
         "place.state_at = segment->state_offset + first;",
         "place.state_at = segment->p_offset + first;",
     ),
-    "another source's dimensions": ("dimensions + segment.first_dimension", "dimensions"),
+    "another source's dimensions": (
+        "work.dimensions = dimensions + segment.first_dimension",
+        "work.dimensions = dimensions",
+    ),
     "wrong dimension": ("* dimensions[d - 1].stride", "* dimensions[0].stride"),
     "tile transposed twice": (
         "tile[r * pitch + c] = load_one",
         "tile[c * pitch + r] = load_one",
     ),
     "groups overlap": (
-        "uint64_t(group) * passes * FLATSTEP_THREADS",
+        "uint64_t(group) * num_runs",
         "uint64_t(group) * FLATSTEP_THREADS",
     ),
     "tiles overlap": ("group * passes + pass", "group + pass"),
-    "threads overlap": ("run += num_threads", "run += num_threads / 2 + 1"),
+    "threads overlap": (
+        RUNS + LEAVES,
+        RUNS.replace("num_threads", "num_threads / 2 + 1") + LEAVES,
+    ),
     "storages in another order": (
         "  STORAGE(Float16, float16)        \\\n  STORAGE(Bfloat16, bfloat16)",
         "  STORAGE(Bfloat16, bfloat16)      \\\n  STORAGE(Float16, float16)",
@@ -188,12 +197,10 @@ MUTANTS = {
     "read in place through another buffer": ("dispatch.p_in_place ? p_out : p_in", "p_in"),
     # Constants
     "another group's constants": ("segment.group * FLATSTEP_GROUP_WORDS", "0"),
-    "constants where the key lies": ("own + FLATSTEP_KEY_WORDS)", "own)"),
-    "another word for the seed": ("start_of(own[1],", "start_of(own[2],"),
-    "another word for the step": ("work.step = own[0]", "work.step = own[1]"),
-    "the leaf ignored": ("start_of(own[1], segment.name, k)", "start_of(own[1], 0, k)"),
-    "the seed ignored": ("own[1] = seed", "own[1] = 0"),
-    "the key of the step before": ("own[0] = uint(now)", "own[0] = uint(now) - 1"),
+    "constants where the key lies": ("own + FLATSTEP_PASS_WORDS)", "own)"),
+    "another word for the seed": ("start_of(work.pass.seed,", "start_of(work.pass.tick,"),
+    "another word for the step": ("starts[array], pass.tick,", "starts[array], pass.seed,"),
+    "the leaf ignored": ("(work.pass.seed, segment.name, k)", "(work.pass.seed, 0, k)"),
     "element's number in p": ("key_of(0, first)", "key_of(0, place.p_at)"),
     "element's number in the state": ("key_of(1 + k, first)", "key_of(1 + k, place.state_at)"),
     "p's key for a state": ("key_of(1 + k, first", "key_of(k, first"),
@@ -206,30 +213,23 @@ MUTANTS = {
     "one key for a run's codes": ("inverse, next(key, k))", "inverse, key)"),
     "copy reads p": ("e.p = source;", "e.p += source - e.p;"),
     "copy reads constants": ("if (!is_same<R, Copy>::value) {", "if (true) {"),
-    "another group's hyperparameters": ("group * FLATSTEP_HYPERPARAMETER_WORDS", "0"),
+    "another group's hyperparameters": ("group * (sizeof(GroupArguments) / 4)", "0"),
     "groups written over each other": ("constants + group * FLATSTEP_GROUP_WORDS", "constants"),
     "a word of the constants missing": (
-        "k < sizeof(prepared) / 4",
-        "k + 1 < sizeof(prepared) / 4",
+        "k < sizeof(typename R::Constants) / 4",
+        "k + 1 < sizeof(typename R::Constants) / 4",
     ),
     "a word of a struct missing": ("k < sizeof(T) / 4", "k + 1 < sizeof(T) / 4"),
-    "a step later": ("      rate,\n      now);", "      rate,\n      now + 1);"),
+    "a step later": ("(numbers), rate, now.step)", "(numbers), rate, now.step + 1)"),
     "step before the increment": (
         "pair_from_step(limited(steps_before) + 1)",
         "pair_from_step(limited(steps_before))",
     ),
-    "schedule ignored": ("schedule.num_pieces > 0;", "schedule.num_pieces > 1;"),
+    "schedule ignored": ("schedule.num_pieces > 0)", "schedule.num_pieces > 2)"),
     "the first piece at all times": (
-        "schedule.pieces + active_piece(schedule, now)",
+        "schedule.pieces + active_piece(schedule, step)",
         "schedule.pieces",
     ),
-    "learning rate written without a schedule": (
-        "if (has_schedule) {\n      learning_rate[0]",
-        "if (true) {\n      learning_rate[0]",
-    ),
-    "learning rate not written": ("learning_rate[0] = rate;", ""),
-    "not counted": ("next_step[0] = now + 1;", "next_step[0] = now;"),
-    "all groups count": ("if (group == 0) {", "if (true) {"),
     "swapped betas": ("        h.beta1.value,\n", "        h.beta2.value,\n"),
     "swapped m and v": (
         "    e.state[0] = m;\n    e.state[1] = v;",
@@ -250,8 +250,7 @@ MUTANTS = {
     "checksum not verified": ("are_theirs ? kept.at[k] : T(0)", "kept.at[k]"),
     "checksum not written": ("block->checksum = sum;", ""),
     "one weight for all lanes": ("checksum_weight(place.in_block + k)", "checksum_weight(k)"),
-    "rests in another buffer": ("R::NUM_STATES == 2 ? state2", "R::NUM_STATES == 2 ? state3"),
-    "rests in a state's buffer": ("R::NUM_STATES == 1 ? state1", "R::NUM_STATES == 1 ? state0"),
+    "rests in a state's buffer": ("work.rests = rests;", "work.rests = state0;"),
     "rests of another block": ("return state_at / FLATSTEP_BLOCK", "return p_at / FLATSTEP_BLOCK"),
     "state past the end": ("i < count ? state[k].at[i] : 0.0f", "state[k].at[i]"),
     "parameters past the end": ("i < count ? p.at[i] : 0.0f", "p.at[i]"),
@@ -282,7 +281,7 @@ MUTANTS = {
         "work.group = group - segment.first_group;",
         "segments[0].padding = 1; work.group = group - segment.first_group;",
     ),
-    "double": ("float rate = 0.0f;", "double rate = 0.0f;"),
+    "double": ("float rate = rate_of_all;", "double rate = rate_of_all;"),
     "half from bfloat": (
         "value = Type::load(((const device Type::Stored*)source)[offset]);",
         "bfloat x = ((const device Type::Stored*)source)[offset]; value = x;",
@@ -296,14 +295,14 @@ NESTEROV = Case("SGD", {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True})
 
 
 def kernels() -> list[str]:
-    wanted = [kernel_text.advance(rule) for rule in ("Adam", "Momentum", "FourStates", "Shift")]
+    wanted = [kernel_text.advance(rule) for rule in ("Adam", "Momentum", "ThreeStates", "Shift")]
     updates: list[tuple[str, list[str]]] = [
         ("Adam", ["Float16", "Float32", "Bfloat16"]),
         ("Adam", ["Float32"] * 3),
         ("Momentum", ["Bfloat16", "Float32"]),
         ("Momentum", ["Keyed"] * 2),
         ("Shift", SHIFTED),
-        ("FourStates", [stored.name for stored in FOUR]),
+        ("ThreeStates", [stored.name for stored in THREE]),
         ("Copy", ["Float32"]),
         ("Copy", ["Keyed"]),
     ]
@@ -317,7 +316,7 @@ def battery(text: str) -> None:
     simulator.check(text)
     library = simulator.build(text)
     check_advance(library)
-    check_four_states(library)
+    check_three_states(library)
     check_keys(library)
     check_tails(library)
     check_blocks_copy(library)
@@ -332,7 +331,7 @@ def battery(text: str) -> None:
         make_leaf("transposed", (3, 34, 33), FLOAT, rng),
         make_leaf("aligned", (9,), HALF, rng),
         make_leaf("broadcast", (5,), FLOAT, rng),
-        *[make_leaf("aligned", (8 + n,), TYPES[n % 3], rng) for n in range(13)],
+        *[make_leaf("aligned", (8 + n,), TYPES[n % 3], rng) for n in range(12)],
     ]
     joined = ("join_schedules", [("linear_schedule", 0, 1e-2, 5), ("cosine_decay", 1e-2, 10)], [2])
     for passes, threads in ((1, 256), (4, 96)):
@@ -360,14 +359,20 @@ def battery(text: str) -> None:
 
 
 def check_advance(library: Any) -> None:
-    rules = [rule_of(ADAMW), rule_of(ADAM)]
+    groups = [Group(rule_of(ADAMW)), Group(rule_of(ADAM))]
     step = (1 << 32) + 2
     schedule = ("linear_schedule", 0.0, 1.0, 1 << 33)
-    constants, next_step, rate = run_advance(library, rules, step, schedule, seed=7)
-    assert next_step == step + 1 and rate == np.float32(step / (1 << 33))
+    scalars = {"step": step, "learning_rate": 0.25}
+    written = ("step", "learning_rate")
+    settings = args.settings(seed=7)
+    constants, after = run_advance(
+        library, groups, scalars, written, schedule=schedule, settings=settings
+    )
+    assert after["step"] == [step + 1]
+    assert after["learning_rate"] == [np.float32(step / (1 << 33))]
     assert (constants[:, :2] == [step & args.WORD, 7]).all()
-    _, next_step, rate = run_advance(library, rules, step, learning_rate=0.5)
-    assert next_step == step + 1 and rate == 0.5
+    _, after = run_advance(library, groups, scalars, written)
+    assert after["step"] == [step + 1] and after["learning_rate"] == [0.25]
 
 
 def check_copy(library: Any) -> None:

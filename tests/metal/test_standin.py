@@ -34,6 +34,7 @@ LEFT_OUT = {
     "test_torch.py": "takes long, and says what test_parity.py says",
 }
 SELECTION = {
+    "test_accumulated_state.py": ["-k", "not a_peak"],  # measures, in processes of its own
     "test_eight_bit_state.py": ["-k", "not bytes_held"],  # takes long
     "test_operands.py": ["-k", "one_buffer"],  # the rest is about what the CPU holds
     "test_parity.py": ["-k", "not a_thousand_steps"],  # takes long
@@ -44,9 +45,11 @@ ENGINE = sorted(path.name for path in TESTS.glob("test_*.py") if path.name not i
 
 # What a kernel that does not fit the host fails, the shortest first.
 FITTING = [
-    "test_state_of_two_dtypes_held_state_and_a_part_of_the_leaves",
-    "test_a_gpu_that_runs_fewer_threads_gives_the_same",
-    "test_a_hundred_steps_agree_with_the_cpu_backend",
+    "on_standin.py::test_state_of_two_dtypes_held_state_and_a_part_of_the_leaves",
+    "on_standin.py::test_a_gpu_that_runs_fewer_threads_gives_the_same",
+    "on_standin_passes.py::test_a_part_of_the_leaves_with_everything_at_once",
+    "on_standin_passes.py::test_any_number_of_groups_each_with_its_rate",
+    "on_standin.py::test_a_hundred_steps_agree_with_the_cpu_backend",
 ]
 # Kernels that no longer fit the host: what one of the two was told and the other was not.
 MISFITS = {
@@ -57,12 +60,32 @@ MISFITS = {
         "[[buffer(FLATSTEP_STATE)]]",
     ),
     "an index off by one": (
-        "#define FLATSTEP_FIRST_SOURCE 10",
+        "#define FLATSTEP_FIRST_SOURCE 12",
         "#define FLATSTEP_FIRST_SOURCE 11",
     ),
     "indices of advance swapped": (
-        "#define FLATSTEP_ADVANCE_LEARNING_RATE 2\n#define FLATSTEP_ADVANCE_CONSTANTS 3",
-        "#define FLATSTEP_ADVANCE_LEARNING_RATE 3\n#define FLATSTEP_ADVANCE_CONSTANTS 2",
+        "#define FLATSTEP_ADVANCE_CONSTANTS 16\n#define FLATSTEP_ADVANCE_ARGUMENTS 17",
+        "#define FLATSTEP_ADVANCE_CONSTANTS 17\n#define FLATSTEP_ADVANCE_ARGUMENTS 16",
+    ),
+    "average and sums swapped": (
+        "#define FLATSTEP_EMA 6\n#define FLATSTEP_ACCUMULATED 7",
+        "#define FLATSTEP_EMA 7\n#define FLATSTEP_ACCUMULATED 6",
+    ),
+    "scalars of a step in another order": (
+        "SCALAR(sum_of_squares, float, float32) \\\n  SCALAR(grad_norm, float",
+        "SCALAR(grad_norm, float, float32) \\\n  SCALAR(sum_of_squares, float",
+    ),
+    "settings in another order": (
+        "  float max_grad_norm;\n  float clip_value;\n",
+        "  float clip_value;\n  float max_grad_norm;\n",
+    ),
+    "fields of a group swapped": (
+        "  uint32_t source;\n  float scale;\n",
+        "  float scale;\n  uint32_t source;\n",
+    ),
+    "another number for sums as a source": (
+        "#define FLATSTEP_SUM_AS_SOURCE FLATSTEP_MAX_SOURCES",
+        "#define FLATSTEP_SUM_AS_SOURCE FLATSTEP_MAX_SOURCES + 1",
     ),
     "fields of the segment swapped": (
         "  uint32_t source;       // its number\n  uint32_t group;        // of parameters\n",
@@ -95,6 +118,7 @@ MISFITS = {
 PASS = {
     "the host": [f"tests/metal/on_standin{part}.py" for part in ("", "_layouts", "_queues")],
     "storages": ["tests/metal/on_standin_storages.py"],
+    "passes": ["tests/metal/on_standin_passes.py"],
     **{file: [f"tests/{file}", *SELECTION.get(file, [])] for file in ENGINE},
 }
 
@@ -134,7 +158,7 @@ def test_a_kernel_that_does_not_fit_the_host_is_found(
     mutate.write_text(f"from mutants import main\nmain(*{MISFITS[job]!r})\n")
     variables = standin.environment(site, tmp_path)
     variables["FLATSTEP_STANDIN_COMPILER"] = f"{sys.executable} {mutate} build --no-check"
-    done = run([f"tests/metal/on_standin.py::{test}" for test in FITTING], variables, pytestconfig)
+    done = run([f"tests/metal/{test}" for test in FITTING], variables, pytestconfig)
     assert done.returncode == 1, done.stdout[-4000:]
     assert "1 failed" in done.stdout or "1 error" in done.stdout
     assert "stands 0 times" not in done.stdout

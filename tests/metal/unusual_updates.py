@@ -1,4 +1,4 @@
-"""Updates that no step has: of four states, of a storage that shows its key, and far into memory.
+"""Updates that no step has: of three states, of a storage that shows its key, and far into memory.
 
 The tests of the kernels run them, and those of the mistakes in them.
 """
@@ -13,43 +13,44 @@ import arguments as args
 import kernel_text
 import mlx.core as mx
 import numpy as np
+from advances import Group, run_advance
 from block_reference import rounding_keys
 from cases import Case, random_values
 from flatstep import _ext
 from numpy.typing import NDArray
-from updates import BFLOAT, FLOAT, HALF, Leaf, Type, Update, make_leaf, run_advance
+from updates import BFLOAT, FLOAT, HALF, Leaf, Type, Update, make_leaf
 
 # The rule of kernels/extra.metal: all the state that there is room for, each in a storage that its
 # neighbours do not have.
-FOUR = [BFLOAT, FLOAT, HALF, BFLOAT, FLOAT]
+THREE = [BFLOAT, FLOAT, HALF, BFLOAT]
 # Each hyperparameter is four floats: value, what is left to 1, the logarithm in two.
-FOUR_STATES = [
-    SimpleNamespace(type="FourStates", num_states=4, groups=[struct.pack("32f", *numbers)])
+THREE_STATES = [
+    SimpleNamespace(type="ThreeStates", num_states=3, groups=[struct.pack("32f", *numbers)])
     for numbers in (range(32), range(32, 64))
 ]
 
 
-def check_four_states(library: Any) -> None:
+def check_three_states(library: Any) -> None:
     """Every state has its constants and its storage. Small whole numbers, so all is exact."""
     rng = np.random.default_rng(18)
     leaves = [make_leaf("aligned", (n,), FLOAT, rng) for n in (5, 66, 7)]
     rate, step = 2.0, 3
-    update = Update((), leaves, FOUR, step=step, learning_rate=rate, rules=FOUR_STATES)
-    start = [5, 1, 2, 3, 4]  # p and the state
+    update = Update((), leaves, THREE, step=step, learning_rate=rate, rules=THREE_STATES)
+    start = [5, 1, 2, 3]  # p and the state
     for number, leaf in enumerate(leaves):
         leaf.memory[:] = rng.integers(-1, 2, leaf.size)
-        for stored, (array, at), value in zip(FOUR, update.places(number), start, strict=True):
+        for stored, (array, at), value in zip(THREE, update.places(number), start, strict=True):
             array[at : at + leaf.size] = stored.encode(np.full(leaf.size, value))
     update.p_in[:] = update.p_out
     update.run(library)
     for number, leaf in enumerate(leaves):
-        h = np.frombuffer(FOUR_STATES[number % 2].groups[0], np.float32).reshape(8, 4)
+        h = np.frombuffer(THREE_STATES[number % 2].groups[0], np.float32).reshape(8, 4)
         g = leaf.values
-        thirds = [h[4, 2], h[5, 2], h[6, 3], h[7, 3]]
-        changes = [rate * g + h[7, 0] + step]
-        changes += [h[k, 0] * g + h[k, 1] + thirds[k] for k in range(4)]
+        thirds = [h[3, 2], h[4, 3], h[5, 2]]
+        changes = [rate * g + h[6, 0] + step]
+        changes += [h[k, 0] * g + h[k, 1] + thirds[k] for k in range(3)]
         for k, (array, at) in enumerate(update.places(number)):
-            got = FOUR[k].decode(array[at : at + leaf.size])
+            got = THREE[k].decode(array[at : at + leaf.size])
             np.testing.assert_array_equal(got, start[k] + changes[k])
 
 
@@ -80,16 +81,15 @@ def check_tails(library: Any) -> None:
     """Past the end of a leaf codes and rests are zero, and nothing counts in a checksum."""
     by, size = 1.0 + 2.0**-14, 70
     groups = [struct.pack("32f", by, *[0.0] * 31)]
-    constants, _, _ = run_advance(
-        library, [SimpleNamespace(type="Shift", num_states=1, groups=groups)], 0
-    )
+    shift = SimpleNamespace(type="Shift", num_states=1, groups=groups)
+    constants, _ = run_advance(library, [Group(shift)], {"step": 0, "learning_rate": 0.0})
     p = np.zeros(size, np.uint16)
     codes, rests = np.zeros((2, 2, 68), np.uint8)
     segment = np.zeros(1, args.SEGMENT)
     segment["size"] = size
     spare = np.zeros(0, np.uint8)
     buffers: dict[int, Any] = dict.fromkeys(range(args.FIRST_SOURCE + args.MAX_SOURCES), spare)
-    buffers |= {args.P_IN: p, args.P_OUT: p, args.STATE: codes, args.STATE + 1: rests}
+    buffers |= {args.P_IN: p, args.P_OUT: p, args.STATE: codes, args.RESTS: rests}
     buffers |= {args.CONSTANTS: constants, args.SEGMENTS: segment}
     buffers |= {args.FIRST_SOURCE: np.zeros(size, np.float32)}
     buffers[args.DISPATCH] = np.array([(1, 1, 1)], args.DISPATCH_ARGUMENTS)

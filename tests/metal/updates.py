@@ -1,8 +1,8 @@
 """A dispatch of the update kernel, made from leaves of any layout, and held to the reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import arguments as args
 import flatstep
@@ -10,6 +10,7 @@ import kernel_text
 import mlx.core as mx
 import numpy as np
 import reference
+from advances import Group, Rule, run_advance
 from block_reference import hash_of
 from cases import Case, random_values
 from flatstep.diagnosis.formulas import allowed_ulps
@@ -126,51 +127,9 @@ def flat_leaves(leaves: Sequence[Leaf]) -> list[Leaf]:
     ]
 
 
-class Rule(Protocol):
-    """What the tests ask of flatstep._ext.Rule."""
-
-    @property
-    def type(self) -> str: ...
-    @property
-    def num_states(self) -> int: ...
-    @property
-    def groups(self) -> Sequence[bytes]: ...
-
-
 def rule_of(case: Case) -> Any:
     """The engine's rule, whose struct in csrc/rules.h is its `type`."""
     return case.make(flatstep).rule()
-
-
-def run_advance(
-    library: Any,
-    rules: Sequence[Rule],
-    step: int,
-    schedule: tuple[Any, ...] = (),
-    learning_rate: float = 0.0,
-    seed: int = 0,
-) -> tuple[NDArray[np.uint32], int, float]:
-    """The constants of a group for each of the rules, the next step and the learning rate."""
-    groups = b"".join(group for rule in rules for group in rule.groups)
-    constants = np.zeros((len(rules), args.GROUP_WORDS), np.uint32)
-    next_step = np.zeros(1, np.uint64)
-    rate = np.array([0 if schedule else learning_rate], np.float32)
-    library.run(
-        kernel_text.advance(rules[0].type),
-        grid=(len(rules),),
-        threads=(len(rules),),
-        buffers={
-            0: np.array([step], np.uint64),
-            1: next_step,
-            2: rate,
-            3: constants,
-            4: np.array([args.schedule(*schedule)]),
-            5: groups,
-            6: np.array([seed], np.uint32),
-        },
-        writable=None if schedule else {2: []},
-    )
-    return constants, int(next_step[0]), float(rate[0])
 
 
 class Update:
@@ -192,7 +151,11 @@ class Update:
         p_start: int = 0,
         state_start: int = 2 * BLOCK,
         rules: Sequence[Rule] = (),  # instead of those of the cases
+        settings: args.Struct | None = None,
+        scalars: Mapping[str, Any] | None = None,
     ) -> None:
+        self.settings = args.settings() if settings is None else settings
+        self.scalars = scalars or {}
         self.cases = [case] if isinstance(case, Case) else list(case)
         self.rules = rules or [rule_of(case) for case in self.cases]
         self.leaves, self.step, self.schedule = leaves, step, schedule
@@ -264,7 +227,7 @@ class Update:
                 place[0],
                 number % len(self.rules),
                 groups,
-                leaf.type.number,
+                self.source_type(leaf).number,
                 leaf.layout,
                 len(dimensions),
                 len(own),
@@ -315,12 +278,9 @@ class Update:
         buffers = dict.fromkeys(range(args.FIRST_SOURCE + args.MAX_SOURCES), spare)
         buffers[args.P_IN] = self.p_out if in_place else self.p_in
         buffers[args.P_OUT] = self.p_out
-        buffers |= {args.STATE + k: array for k, array in enumerate(self.state)}
+        buffers |= dict(zip(self.indices(), self.state, strict=True))
         if rule != "Copy":
-            constants, _, _ = run_advance(
-                library, self.rules, self.step, self.schedule, self.learning_rate, seed
-            )
-            buffers[args.CONSTANTS] = constants
+            buffers[args.CONSTANTS] = self.constants(library, seed)
         buffers[args.DISPATCH] = np.array([arguments])
         buffers[args.SEGMENTS] = segments
         buffers[args.DIMENSIONS] = dimensions
@@ -328,8 +288,10 @@ class Update:
             buffers[args.FIRST_SOURCE + number] = source
         p_ranges = self._ranges(self.p_offsets, self.p_in)
         touched = {args.P_OUT: p_ranges}
-        for k, array in enumerate(self.state):
-            touched[args.STATE + k] = self._ranges(self.state_offsets, array)
+        more = self.more_buffers()
+        buffers |= more
+        for index, array in [*zip(self.indices(), self.state, strict=True), *more.items()]:
+            touched[index] = self._ranges(self.state_offsets, array)
         library.run(
             self.kernel(rule, has_tiles),
             threadgroups=(groups,),
@@ -341,6 +303,24 @@ class Update:
             check_memory=check_memory,
             flush_to_zero=flush_to_zero,
         )
+
+    def constants(self, library: Any, seed: int) -> NDArray[np.uint32]:
+        scalars = {"step": self.step, "learning_rate": self.learning_rate, **self.scalars}
+        settings = self.settings.copy()
+        settings["seed"] = seed
+        groups = [Group(rule) for rule in self.rules]
+        return run_advance(library, groups, scalars, schedule=self.schedule, settings=settings)[0]
+
+    def source_type(self, leaf: Leaf) -> Type:
+        return leaf.type
+
+    def more_buffers(self) -> dict[int, NDArray[Any]]:
+        """What lies as the state does, by the index that it is bound to."""
+        return {}
+
+    def indices(self) -> list[int]:
+        """Of the buffers of the state."""
+        return [args.STATE + k for k in range(len(self.state))]
 
     def kernel(self, rule: str = "", has_tiles: bool = True) -> str:
         names = [stored.name for stored in self.types]

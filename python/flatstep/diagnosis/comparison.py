@@ -38,11 +38,12 @@ class DiscrepancyError(Exception):
 
 
 class Training:
-    """The parameters of a row, their optimizer, and a step that is compiled or not."""
+    """The parameters of a row, their optimizer, which may have more to do, and a step that is
+    compiled or not."""
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Row, **more: Any) -> None:
         self.row = row
-        options = {"state_dtype": row.dtype(2), **STORAGES[row.storage]}
+        options = {"state_dtype": row.dtype(2), **STORAGES[row.storage], **more}
         self.optimizer = row.make(flatstep, **options)
         self.leaves = random_leaves(row.shapes, 1, row.dtype(0))
         if row.layout == "transposed parameters":

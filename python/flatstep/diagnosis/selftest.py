@@ -1,4 +1,4 @@
-"""Runs the table of cases and the checks of memory, and keeps what each of them said."""
+"""Runs the table of cases and the other checks, and keeps what each of them said."""
 
 import time
 import traceback
@@ -8,7 +8,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from . import memory
+from . import in_pass, memory
 from .cases import all_rows, quick_rows
 from .comparison import DiscrepancyError, run_row
 
@@ -28,7 +28,7 @@ def groups(quick: bool) -> dict[str, dict[str, Check]]:
     checks: dict[str, dict[str, Check]] = {
         group: {str(row): partial(run_row, row) for row in rows[group]} for group in rows
     }
-    return {**checks, "memory": memory.checks(quick)}
+    return {**checks, "in the pass": in_pass.checks(quick), "memory": memory.checks(quick)}
 
 
 def run(checks: dict[str, Check], device: mx.Device) -> Iterator[Result]:

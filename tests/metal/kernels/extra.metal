@@ -1,30 +1,30 @@
 
-// What no rule and no storage of the tables has: four states, and a store that shows its key.
+// What no rule and no storage of the tables has: three states, and a store that shows its key.
 namespace flatstep {
 
-struct FourStates {
-  enum { NUM_STATES = 4, READS_STEP = 1 };
-  FLATSTEP_HYPERPARAMETERS(a, b, c, d, e, f, g, h)
+struct ThreeStates {
+  enum { NUM_STATES = 3, READS_STEP = 1 };
+  FLATSTEP_HYPERPARAMETERS(a, b, c, d, e, f, g)
 
   struct Constants {
     float rate, step, p, unused;
-    float first[4], second[4], third[4];
+    float first[3], second[3], third[3];
   };
 
   static Constants prepare(Hyperparameters h, float rate, Step step) {
     return {
         rate,
         float(step),
-        h.h.value,
+        h.g.value,
         0.0f,
-        {h.a.value, h.b.value, h.c.value, h.d.value},
-        {h.a.one_minus, h.b.one_minus, h.c.one_minus, h.d.one_minus},
-        {h.e.log.hi, h.f.log.hi, h.g.log.lo, h.h.log.lo}};
+        {h.a.value, h.b.value, h.c.value},
+        {h.a.one_minus, h.b.one_minus, h.c.one_minus},
+        {h.d.log.hi, h.e.log.lo, h.f.log.hi}};
   }
 
-  static Element<4> update(Constants c, Element<4> e, float g) {
+  static Element<3> update(Constants c, Element<3> e, float g) {
     e.p += c.rate * g + c.p + c.step;
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 3; ++k) {
       e.state[k] += c.first[k] * g + c.second[k] + c.third[k];
     }
     return e;

@@ -129,6 +129,25 @@ def split_at_commas(tokens: list[Token]) -> list[list[Token]]:
     return [part for part in parts if part]
 
 
+def enumerators(tokens: list[Token]) -> dict[str, int]:
+    """Those whose values are literals, or follow from the place."""
+    values: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if token.text != "enum":
+            continue
+        start = next(k for k in range(i, len(tokens)) if tokens[k].text in ("{", ";", ")"))
+        if tokens[start].text != "{":
+            continue
+        following: int | None = 0
+        for part in split_at_commas(tokens[start + 1 : end_of_bracket(tokens, start) - 1]):
+            if len(part) > 1:
+                following = int(part[2].text) if part[2].text.isdigit() and len(part) == 3 else None
+            if following is not None:
+                values[part[0].text] = following
+                following += 1
+    return values
+
+
 def function_bodies(tokens: list[Token]) -> list[tuple[int, int]]:
     """From the `{` of each function to just past its `}`."""
     bodies = []

@@ -15,6 +15,7 @@ from simulator.tokens import (
     blank,
     end_of_angles,
     end_of_bracket,
+    enumerators,
     function_bodies,
     is_variable,
     render,
@@ -165,6 +166,7 @@ def _without_attributes(tokens: list[Token]) -> list[Token]:
 
 def _find_kernels(tokens: list[Token]) -> list[Kernel]:
     kernels = []
+    values = enumerators(tokens)
     bodies = function_bodies(tokens)
     for body in bodies:
         start = body[0]
@@ -172,11 +174,11 @@ def _find_kernels(tokens: list[Token]) -> list[Kernel]:
             start -= 1
         head = tokens[start : body[0]]
         if any(t.text == "kernel" for t in head):
-            kernels.append(_kernel(head, body))
+            kernels.append(_kernel(head, body, values))
     return kernels
 
 
-def _kernel(head: list[Token], body: tuple[int, int]) -> Kernel:
+def _kernel(head: list[Token], body: tuple[int, int], values: dict[str, int]) -> Kernel:
     host_name = _host_name(head)
     is_template = head[0].text == "template"
     start = end_of_angles(head, 1) if is_template else 0
@@ -185,21 +187,22 @@ def _kernel(head: list[Token], body: tuple[int, int]) -> Kernel:
     name = plain[paren - 1]
     first = head.index(name) + 1
     inside = head[first + 1 : end_of_bracket(head, first) - 1]
-    parameters = [_parameter(part, name.text) for part in split_at_commas(inside)]
+    parameters = [_parameter(part, name.text, values) for part in split_at_commas(inside)]
     return Kernel(name.text, host_name or name.text, is_template, parameters, name.place, body)
 
 
-def _parameter(tokens: list[Token], kernel: str) -> Parameter:
+def _parameter(tokens: list[Token], kernel: str, values: dict[str, int]) -> Parameter:
     declaration = words(_without_attributes(tokens))
     place = tokens[0].place
     for start, end in attributes(tokens):
         inside = [t.text for t in tokens[start + 2 : end - 2]]
         if inside[0] in ("buffer", "threadgroup"):
             terms = "".join(inside[2:-1]).split("+")
+            terms = [str(values.get(term, term)) for term in terms]
             if not all(term.isdigit() for term in terms):
                 raise CompileError(
                     f"{place}: error: kernel {kernel}: the index of '{declaration}' is no sum of "
-                    "literals"
+                    "literals and enumerators"
                 )
             return Parameter(inside[0], sum(map(int, terms)), declaration, place)
         if inside[-1] in ATTRIBUTES:

@@ -54,6 +54,10 @@ void CommandEncoder::set_output_array(array& a, int index, int64_t offset) {
   needs_barrier_ |= prev_inputs_.count(buffer) > 0;
 }
 
+void CommandEncoder::add_temporary(array a) {
+  get_command_encoder()->keep(a.data_shared_ptr());
+}
+
 void CommandEncoder::maybeInsertBarrier() {
   if (needs_barrier_) {
     get_command_encoder()->barrier();

@@ -56,6 +56,14 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx:
   cpu_fused_update(*this, inputs, outputs);
 }
 
+void SquaredNorm::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  if (standin::settings().use_gpu) {
+    eval_as_gpu(*this, inputs, outputs);
+    return;
+  }
+  cpu_squared_norm(*this, inputs, outputs);
+}
+
 void Advance::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   if (standin::settings().use_gpu) {
     eval_as_gpu(*this, inputs, outputs);

@@ -67,7 +67,7 @@ void ComputeCommandEncoder::setThreadgroupMemoryLength(NS::UInteger, NS::UIntege
 }
 
 void ComputeCommandEncoder::dispatch(Size grid, Size threads_per_group, bool grid_is_threads) {
-  commands_.push_back(
+  commands_.list.push_back(
       {kernel_,
        bindings_,
        grid,
@@ -76,7 +76,7 @@ void ComputeCommandEncoder::dispatch(Size grid, Size threads_per_group, bool gri
        std::exchange(barrier_, false)});
 }
 
-std::vector<Command> ComputeCommandEncoder::take() {
+Commands ComputeCommandEncoder::take() {
   // Nothing that was bound stays: each user of an encoder binds all that it needs.
   bindings_.clear();
   kernel_ = nullptr;

@@ -10,6 +10,7 @@
 #include <random>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "mlx/scheduler.h"
 #include "mlx/stream.h"
@@ -131,7 +132,7 @@ Settings& settings() {
   return *instance;
 }
 
-void run(const std::vector<MTL::Command>& commands) {
+void run(const MTL::Commands& commands) {
   static std::mutex mutex;
   static std::mt19937 random(7);
   std::lock_guard lock(mutex);
@@ -143,7 +144,7 @@ void run(const std::vector<MTL::Command>& commands) {
     }
     block.clear();
   };
-  for (const auto& command : commands) {
+  for (const auto& command : commands.list) {
     record(command);
     if (command.after_barrier) {
       run_block();

@@ -1,14 +1,12 @@
 // What the tests set and ask: a C interface, which they load from the extension with ctypes.
 #pragma once
 
-#include <vector>
-
 #include "Metal/Metal.hpp"
 
 namespace flatstep::standin {
 
 // Runs commands in the order in which a GPU might: those between two barriers in any.
-void run(const std::vector<MTL::Command>& commands);
+void run(const MTL::Commands& commands);
 
 }  // namespace flatstep::standin
 

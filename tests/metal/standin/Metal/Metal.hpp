@@ -106,6 +106,12 @@ struct Command {
   bool after_barrier;
 };
 
+// Commands in their order, and what has to live until they have run.
+struct Commands {
+  std::vector<Command> list;
+  std::vector<std::shared_ptr<void>> kept;
+};
+
 class ComputeCommandEncoder {
  public:
   void setComputePipelineState(ComputePipelineState* kernel) {
@@ -119,13 +125,17 @@ class ComputeCommandEncoder {
   }
   void dispatch(Size grid, Size threads_per_group, bool grid_is_threads);
 
+  void keep(std::shared_ptr<void> memory) {
+    commands_.kept.push_back(std::move(memory));
+  }
+
   // What was encoded since the last call.
-  std::vector<Command> take();
+  Commands take();
 
  private:
   ComputePipelineState* kernel_{nullptr};
   std::vector<Binding> bindings_;
-  std::vector<Command> commands_;
+  Commands commands_;
   bool barrier_{false};
 };
 
