@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from flatstep.benchmark import instructions
+from flatstep.benchmark import in_pass, instructions
 from flatstep.benchmark.profile import Profile
 
 PROFILE = """\
@@ -109,3 +109,19 @@ def test_the_parts_of_a_profiled_step_are_its_whole() -> None:
     ]
     profile.other_cores = 0.5
     assert "others used 0.5 cores" in profile.remarks("eager")[1]
+
+
+def test_ways_are_compared_by_turns_and_with_one_of_their_set(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for ways in in_pass.SETS.values():
+        assert {way.beside for way in ways.values()} <= {None, *ways}
+    measured = {
+        "AdamW": {"seconds": [1.0, 2.0, 9.0], "held": 100, "scratch": 0},
+        "max_grad_norm": {"seconds": [1.3, 2.2, 9.9], "held": 100, "scratch": 1},
+    }
+    in_pass.print_set("clip, compiled", measured)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "max_grad" in line]
+    assert " ".join(row.split()[1:]) == (
+        "2200.0 1300.0 1.100 1.300 AdamW at most 1.2: met 0.0 MB, 1.0%"
+    )

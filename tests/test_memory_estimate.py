@@ -124,6 +124,16 @@ def test_seven_billion_parameters_take_what_is_worked_out_by_hand(
     assert (row["held_fits_gb"][0], row["with_gradients_fits_gb"][0]) == smallest
 
 
+def test_an_average_and_the_sum_of_gradients_take_their_bytes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = estimate(capsys, "--parameters", "64e6", "--ema", "bfloat16", "--accumulate")
+    assert (report["ema"], report["accumulate"]) == ("bfloat16", "float32")
+    row = report["modes"][MODE_24]
+    assert (row["bytes_per_parameter"], row["held"]) == (11.1875, 716_000_000)
+    assert row["with_gradients"] == row["held"] + 128_000_000
+
+
 def test_float32_has_no_master_weights(capsys: pytest.CaptureFixture[str]) -> None:
     rows = estimate(capsys, "--parameters", "64M", "--dtype", "float32")["modes"]
     held = {name: row["held"] for name, row in rows.items()}

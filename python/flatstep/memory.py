@@ -28,13 +28,14 @@ class Mode(NamedTuple):
     num_states: int
     state_dtype: mx.Dtype | None = mx.float32
     rounding: _ext.Rounding = _ext.Rounding.NEAREST
+    other_bytes: int = 0  # of a parameter's average, and the sum of its gradients
 
     def block_bytes(self, size: int = SMALLEST_CODED) -> int:
         """Of 64 parameters in a tensor of this size, and their state."""
         is_coded = self.state_dtype is None and size >= SMALLEST_CODED
         state = _ext.block_bytes() if is_coded else BLOCK * (self.state_dtype or mx.float32).size
         rest = _ext.rest_bytes(self.rounding, self.dtype)
-        return BLOCK * self.dtype.size + rest + self.num_states * state
+        return BLOCK * (self.dtype.size + self.other_bytes) + rest + self.num_states * state
 
 
 def modes(dtype: mx.Dtype) -> list[Mode]:
@@ -68,6 +69,14 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--trainable", metavar="N", type=_count, help="with LoRA, say (all)")
     dtypes = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="default: bfloat16")
+    for option, what in ("--ema", "an average of the weights"), ("--accumulate", "gradients' sums"):
+        parser.add_argument(
+            option,
+            choices=("float32", "bfloat16"),
+            nargs="?",
+            const="float32",
+            help=f"{what} too, in float32 unless it is said",
+        )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.set_defaults(run=lambda options: run(options, parser))
 
@@ -85,13 +94,21 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if trainable > model.parameters:
         parser.error(f"--trainable {trainable:,}: the model has {model.parameters:,} parameters")
     about = {"parameters": model.parameters, "trainable": trainable, "dtype": options.dtype}
-    rows = [_estimate(mode, model, trainable) for mode in modes(dtype)]
+    others = {name: getattr(options, name) for name in ("ema", "accumulate")}
+    about |= {name: other for name, other in others.items() if other}
+    other_bytes = sum(getattr(mx, other).size for other in others.values() if other)
+    rows = [
+        _estimate(mode._replace(other_bytes=other_bytes), model, trainable) for mode in modes(dtype)
+    ]
     if options.json:
         print(json.dumps({**about, "counted_from": model.source, "modes": rows}, indent=1))
     else:
         print("flatstep memory")
         print_row("parameters", f"{model.parameters:,} in {options.dtype}; {trainable:,} trained")
         print_row("counted from", model.source)
+        for name, other in others.items():
+            if other:
+                print_row(name, f"in {other}, for all that is trained")
         _print(rows, options.dtype)
     return 0
 

@@ -20,9 +20,8 @@ def stack(layers: int, block: Shapes) -> Shapes:
     }
 
 
-def gpt2() -> Shapes:
-    """GPT-2 124M, whose output layer is its embedding."""
-    width = 768
+def gpt2(width: int = 768) -> Shapes:
+    """GPT-2 124M, whose output layer is its embedding; with a smaller width as many tensors."""
     block: Shapes = {
         "norm_1.weight": (width,),
         "norm_1.bias": (width,),

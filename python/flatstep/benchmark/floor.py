@@ -26,7 +26,7 @@ ADDED_BYTES = 12  # of an element of a sum: two read, one written
 
 
 class Floor:
-    """Passes of flatstep's threads over the memory of a step; the state has one or two arrays."""
+    """Passes of flatstep's threads over the memory of a step; the state has up to three arrays."""
 
     def __init__(self, elements: int, slots: int, passes: int = 1) -> None:
         self._passes = passes
@@ -60,7 +60,16 @@ class Sum:
 def floor_for(setting: Setting, device: mx.Device) -> Callable[[], None]:
     """The floor of a setting where a device's steps run."""
     elements = setting.step_bytes // (4 * (3 + 2 * setting.slots))
-    passes = -(-elements * 4 * (2 + setting.slots) // MAX_BYTES)
     if device.type == mx.DeviceType.cpu:
-        return Floor(elements // passes, setting.slots, passes)
-    return Sum(setting.step_bytes, passes)
+        return cpu_floor(elements, setting.slots)
+    return Sum(setting.step_bytes, _passes(elements, setting.slots))
+
+
+def cpu_floor(elements: int, slots: int) -> Floor:
+    """Of a step of so many float32 elements, each with so many values of state."""
+    passes = _passes(elements, slots)
+    return Floor(elements // passes, slots, passes)
+
+
+def _passes(elements: int, slots: int) -> int:
+    return -(-elements * 4 * (2 + slots) // MAX_BYTES)
