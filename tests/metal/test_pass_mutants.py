@@ -106,7 +106,10 @@ MUTANTS = {
     ),
     "an average at every step": ("(s.ema_every > 0 ? s.ema_every : 1) == 0", "1 == 0"),
     "an average counts from zero": ("(after - s.ema_start) %", "after %"),
-    "all of a norm": ("factor >= 1.0f ? 1.0f : factor", "factor"),
+    "all of a norm": (
+        "factor >= 1.0f || !is_finite(s.max_grad_norm) ? 1.0f : factor",
+        "factor",
+    ),
     # Gradients
     "clipped before it is scaled": (CLIPPED, SCALED_AFTER),
     "no upper limit": ("scaled > clip_value ? clip_value : scaled", "scaled"),

@@ -23,6 +23,7 @@ LEFT_OUT = {
     "test_bench_command.py": "measures",
     "test_bench_tools.py": "is about the benchmarks",
     "test_bits.py": "compares the CPU's instruction sets and threads",
+    "test_distributed.py": "starts processes that have no simulator",
     "test_doctor.py": "starts processes that have no simulator",
     "test_environment.py": "is about what is imported",
     "test_memory_estimate.py": "is about sizes",
@@ -38,6 +39,7 @@ SELECTION = {
     "test_eight_bit_state.py": ["-k", "not bytes_held"],  # takes long
     "test_operands.py": ["-k", "one_buffer"],  # the rest is about what the CPU holds
     "test_parity.py": ["-k", "not a_thousand_steps"],  # takes long
+    "test_pass_misuse.py": ["-k", "not leaves_the_sums_in_place"],  # docs/metal.md, on waiting
     # The rest forks.
     "test_threads_and_forks.py": ["-k", "two_threads or moves_between or main_one"],
 }
@@ -72,7 +74,7 @@ MISFITS = {
         "#define FLATSTEP_EMA 7\n#define FLATSTEP_ACCUMULATED 6",
     ),
     "scalars of a step in another order": (
-        "SCALAR(sum_of_squares, float, float32) \\\n  SCALAR(grad_norm, float",
+        "SCALAR(sum_of_squares, float, float32)       \\\n  SCALAR(grad_norm, float",
         "SCALAR(grad_norm, float, float32) \\\n  SCALAR(sum_of_squares, float",
     ),
     "settings in another order": (
