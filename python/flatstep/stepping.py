@@ -98,8 +98,7 @@ class Stepping(InPass):
         form = layout.form
         flat = {slot: state.flat_arrays(slot) for slot in form.flat_slots}
         slots = [slot for slot in flat if slot not in self.slots[rule.num_states :]]
-        found = {name: dict.get(state, name) for name in SCALARS}
-        scalars = {name: value for name, value in found.items() if value is not None}
+        scalars = {name: value for name, value in dict.items(state) if name in SCALARS}
         scalars["step"] = as_step(scalars["step"])
         old_rate = scalars["learning_rate"] = as_learning_rate(scalars["learning_rate"])
         plain = self._plain_schedule()
