@@ -17,9 +17,8 @@ constexpr size_t kElementsPerPass = FLATSTEP_THREADS * FLATSTEP_RUN;
 // but there should be more groups than a large GPU runs at once.
 constexpr size_t kMaxPasses = 16;
 constexpr size_t kManyGroups = 256;
-// What Metal's setBytes takes.
-constexpr size_t kMaxSegments = 4096 / sizeof(SourceSegment);
-constexpr size_t kMaxDimensions = 4096 / sizeof(SourceDimension);
+constexpr size_t kMaxSegments = kMaxBytes / sizeof(SourceSegment);
+constexpr size_t kMaxDimensions = kMaxBytes / sizeof(SourceDimension);
 
 size_t ceil_div(size_t a, size_t b) {
   return (a + b - 1) / b;

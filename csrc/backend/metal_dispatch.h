@@ -12,6 +12,9 @@
 
 namespace flatstep {
 
+// What Metal's setBytes takes.
+inline constexpr size_t kMaxBytes = 4096;
+
 namespace mx = mlx::core;
 
 // An array, which element of it is the first of a leaf, and where the leaf lies in flat memory.

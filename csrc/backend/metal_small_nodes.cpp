@@ -13,9 +13,6 @@ namespace flatstep {
 
 namespace {
 
-// What Metal's setBytes takes.
-constexpr size_t kMaxBytes = 4096;
-
 static_assert(sizeof(GroupArguments::hyperparameters) == sizeof(Hyperparameters));
 
 // Of each group its arguments, then the schedules that are a group's own.

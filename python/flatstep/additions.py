@@ -36,9 +36,9 @@ class FlatUpdate(NamedTuple):
     learning_rate: mx.array
 
 
-def _chosen(name: str) -> property:
+def chosen(options: str, name: str) -> property:
     """What was chosen when the optimizer was made, and can't be assigned."""
-    return property(lambda self: getattr(self._precision, name))
+    return property(lambda self: getattr(getattr(self, options), name))
 
 
 class Additions(Optimizer):
@@ -199,10 +199,10 @@ class Additions(Optimizer):
         copy.commit(*state.make_flat(parameters, self._form), {})
         return copy
 
-    master_weight_bits = _chosen("master_weight_bits")
-    stochastic_rounding = _chosen("stochastic_rounding")
-    full_precision = _chosen("full_precision")
-    seed = _chosen("seed")
+    master_weight_bits = chosen("_precision", "master_weight_bits")
+    stochastic_rounding = chosen("_precision", "stochastic_rounding")
+    full_precision = chosen("_precision", "full_precision")
+    seed = chosen("_precision", "seed")
 
     @property
     def _layout(self) -> Layout | None:

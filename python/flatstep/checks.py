@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext
-from .layout import Layout, name_of, unsupported
+from .layout import Layout, LeafSpec, name_of, unsupported
 from .slots import FLOATING
 from .walk import CONTAINERS, Keys, build, check_depth, children, inner_like, path_of
 
@@ -116,6 +116,15 @@ def check_layout(old: Layout | None, new: Layout) -> None:
 def check_array(name: str, value: Any) -> None:
     if not isinstance(value, mx.array):
         raise TypeError(misfit(name, "an mlx.core.array", repr(value)))
+
+
+def check_shape(leaf: LeafSpec, parameter: mx.array) -> None:
+    """Raises ValueError, naming the path, when a parameter is not the leaf that a state is for."""
+    if leaf.shape != tuple(parameter.shape):
+        raise ValueError(
+            f"{path_of(leaf.keys)}: parameter {tuple(parameter.shape)} does not match state for "
+            f"{leaf.shape}"
+        )
 
 
 def check_flat_arrays(arrays: dict[str, Any]) -> None:

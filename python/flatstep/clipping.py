@@ -35,7 +35,7 @@ def clip_grad_norm(grads: Any, max_norm: float) -> tuple[Any, mx.array]:
     """
     if max_norm < 0:
         raise ValueError(f"max_norm should be >=0, {max_norm} was provided instead")
-    named: list[Any] = tree_flatten(grads)  # type: ignore[assignment]
+    named: Any = tree_flatten(grads)
     leaves: list[mx.array] = [leaf for _, leaf in named]
     total_norm = _ext.global_norm(
         [leaf if leaf.dtype in FLOATING else leaf.astype(mx.float32) for leaf in leaves]

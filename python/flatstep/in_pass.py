@@ -8,10 +8,11 @@ import mlx.core as mx
 from mlx.nn import Module
 
 from . import _ext
-from .additions import Additions
+from .additions import Additions, chosen
 from .checks import (
     as_float_scalar,
     check_array,
+    check_shape,
     check_tree,
     kind_of,
     misfit,
@@ -26,11 +27,6 @@ from .walk import CONTAINERS, Keys, build, children, inner_like, path_of
 NO_LOSS_SCALE = "loss_scale needs grad_scale=flatstep.DynamicLossScale()"
 
 
-def _chosen(name: str) -> property:
-    """What was chosen when the optimizer was made, and can't be assigned."""
-    return property(lambda self: getattr(self._pass, name))
-
-
 def _dtype(name: str | None) -> mx.Dtype | None:
     return getattr(mx, name) if name else None
 
@@ -41,16 +37,16 @@ class InPass(Additions):
     _usable_state: Callable[[], State]
     _lends_average = False  # a model has it for weights
 
-    max_grad_norm = _chosen("max_grad_norm")
-    clip_value = _chosen("clip_value")
-    skip_nonfinite = _chosen("skip_nonfinite")
-    norm_group = _chosen("norm_group")
-    accumulate_steps = _chosen("accumulate_steps")
+    max_grad_norm = chosen("_pass", "max_grad_norm")
+    clip_value = chosen("_pass", "clip_value")
+    skip_nonfinite = chosen("_pass", "skip_nonfinite")
+    norm_group = chosen("_pass", "norm_group")
+    accumulate_steps = chosen("_pass", "accumulate_steps")
     accumulate_dtype = property(lambda self: _dtype(self._pass.accumulate_dtype))
     ema_dtype = property(lambda self: _dtype(self._pass.ema_dtype))
-    ema = _chosen("ema")
-    ema_start = _chosen("ema_start")
-    ema_every = _chosen("ema_every")
+    ema = chosen("_pass", "ema")
+    ema_start = chosen("_pass", "ema_start")
+    ema_every = chosen("_pass", "ema_every")
 
     # ---- Gradients ----
 
@@ -122,8 +118,7 @@ class InPass(Additions):
         state = self._usable_state()
         added = self._added(state, gradients, {})
         assert added.layout is not None
-        flat = {slot: added.flat_arrays(slot) for slot in added.layout.form.flat_slots}
-        state.commit(added.layout, flat, {"accumulated": added["accumulated"]})
+        state.commit(added.layout, added.flat(), {"accumulated": added["accumulated"]})
         self._keep_sums()
 
     def _keep_sums(self) -> None:
@@ -145,9 +140,10 @@ class InPass(Additions):
             self._precision.seed,
             self._leaf_groups(layout, parameters),
         )
-        flat = {slot: state.flat_arrays(slot) for slot in layout.form.flat_slots}
         added = State(dict.items(state))
-        added.commit(layout, {**flat, GRADIENT_SUM: sums}, {"accumulated": scalars["accumulated"]})
+        added.commit(
+            layout, {**state.flat(), GRADIENT_SUM: sums}, {"accumulated": scalars["accumulated"]}
+        )
         return added
 
     def _with_sums(self, state: State) -> State:
@@ -211,13 +207,8 @@ class InPass(Additions):
             number = numbers.get(keys)
             if number is None or layout is None or node.dtype not in FLOATING:
                 return node
-            leaf = layout.leaves[number]
             found.append(number)
-            if leaf.shape != tuple(node.shape):
-                raise ValueError(
-                    f"{path_of(keys)}: parameter {tuple(node.shape)} does not match state for "
-                    f"{leaf.shape}"
-                )
+            check_shape(layout.leaves[number], node)
             return layout.leaf_floats(EMA, state.flat_arrays(EMA), number).astype(node.dtype)
 
         averages = build(expand, tree)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import _ext
-from .checks import check_array
+from .checks import check_array, check_shape
 from .layout import Layout, unsupported
 from .slots import FLOATING, HALVES, MASTER, ROUNDINGS, from_blocks, in_blocks
 from .state import State
@@ -32,11 +32,7 @@ def joined(state: State | None, parameters: Any) -> Any:
             return node.astype(mx.float32)
         leaf = layout.leaves[number]
         found.append(number)
-        if leaf.shape != tuple(node.shape):
-            raise ValueError(
-                f"{path_of(keys)}: parameter {tuple(node.shape)} does not match state for "
-                f"{leaf.shape}"
-            )
+        check_shape(leaf, node)
         if leaf.dtype != node.dtype:
             return node.astype(mx.float32)
         rests = layout.leaf_rows(state.flat_arrays(MASTER), number)

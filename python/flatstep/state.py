@@ -70,6 +70,11 @@ class State(LiveMapping):
         arrays: list[mx.array] = dict.__getitem__(self, FLAT_KEY)[slot]
         return arrays
 
+    def flat(self) -> dict[str, list[mx.array]]:
+        """The flat arrays of all slots, in the engine's order."""
+        assert self.layout is not None
+        return {slot: self.flat_arrays(slot) for slot in self.layout.form.flat_slots}
+
     def commit(
         self, layout: Layout, arrays: dict[str, list[mx.array]], scalars: dict[str, mx.array]
     ) -> None:

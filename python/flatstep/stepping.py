@@ -96,7 +96,7 @@ class Stepping(InPass):
         """A step from a state: the parameters, and all flat arrays and scalars of the next."""
         rule, options = self.rule(), self._pass
         form = layout.form
-        flat = {slot: state.flat_arrays(slot) for slot in form.flat_slots}
+        flat = state.flat()
         slots = [slot for slot in flat if slot not in self.slots[rule.num_states :]]
         scalars = {name: value for name, value in dict.items(state) if name in SCALARS}
         scalars["step"] = as_step(scalars["step"])
